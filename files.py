@@ -1,0 +1,129 @@
+"""The edge to the outside: files, devices, errors. Every other file leans on this one.
+
+Bad input ends in one clear line: `InputError` is for what a user can mend, and `command` turns it into
+that line and exit status 2. Output appears whole or not at all: `replacing` writes under a temporary name.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class InputError(Exception):
+    """Something the user gave cannot be used; the message names the file, the field and the remedy."""
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, with or without a byte-order mark. Raises InputError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+
+
+def read_json(path: str | Path):
+    """The parsed contents of a JSON file. Raises InputError with the line of the mistake."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`, which replaces `path` if the block ends without an error."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); check the folder and the free space") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file whole or not at all. Raises InputError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def open_tensors(path: str | Path) -> safe_open:
+    """A safetensors file, opened: its names, shapes and metadata; a tensor is read when asked for. Raises InputError."""
+    try:
+        return safe_open(path, "pt")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; check the path") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({error}); download or make it again") from None
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file whole or not at all. Raises InputError."""
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise InputError(f"{path}: cannot be written ({error}); check the folder and the free space") from None
+
+
+def writable_folder(path: str | Path) -> Path:
+    """Makes a folder and proves that files can be made in it, before hours are spent on filling it."""
+    with replacing(Path(path) / ".writable") as temporary:
+        temporary.touch()
+    (Path(path) / ".writable").unlink()
+    return Path(path)
+
+
+def pick_device(name: str) -> torch.device:
+    """'auto' is CUDA, else Apple's MPS, else the CPU. Raises InputError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: there is no such device here; try --device cpu") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """'auto' is bfloat16 on CUDA, else float32."""
+    return getattr(torch, {"auto": "bfloat16" if device.type == "cuda" else "float32"}.get(name, name))
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory taken so far, in GB: the device's on CUDA, else the whole program's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def command(main: Callable[[], None]) -> None:
+    """Runs a script's `main`: what the user can mend becomes one line and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: the device is out of memory; lower --micro_batch_size or --max_length (training), "
+              "--batch_size or --max_new_tokens (sampling), or choose --dtype bfloat16", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

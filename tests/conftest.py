@@ -1,0 +1,100 @@
+"""Small models and chats, made here; real ones where the folder of real data is at hand."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import data
+from model import Config, Llama, save
+
+REALDATA = Path(os.environ.get("IVL_REALDATA", ROOT.parent / "shared" / "realdata"))
+TEXT = ("The cat sat on the mat. What does the cat say? The cat says good morning! User: Assistant: [INST] hello you "
+        "Where is the dog? The dog is in the garden, and it rains.\n") * 3
+
+
+@pytest.fixture(scope="session")
+def realdata() -> Path:
+    if not REALDATA.is_dir():
+        pytest.skip(f"real data is not at {REALDATA}; set IVL_REALDATA to its folder")
+    return REALDATA
+
+
+def make_directory(path: Path, seed: int, template: str | None = "plain", bytelevel: bool = False, **changes) -> Path:
+    """A Hugging Face directory with a small random Llama and a tokenizer of about 300 tokens."""
+    path.mkdir(parents=True, exist_ok=True)
+    special = ["<unk>", "<s>", "</s>"]
+    if bytelevel:
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    else:
+        backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                             decoders.Strip(" ", 1, 0)])
+        trainer = trainers.BpeTrainer(vocab_size=330, show_progress=False,
+                                      special_tokens=special + [f"<0x{i:02X}>" for i in range(256)])
+    backend.train_from_iterator([TEXT], trainer)
+    backend.save(str(path / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    if template:
+        settings["chat_template"] = data.TEMPLATES[template]
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    shape = dict(vocab_size=backend.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
+                 tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    model = Llama(Config(**shape | changes)).init_weights(seed)
+    with torch.no_grad():
+        model.embed.weight.mul_(10)  # so that logits differ clearly and no greedy choice hangs on rounding
+    save(model, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory) -> Path:
+    return make_directory(tmp_path_factory.mktemp("models") / "base", seed=1)
+
+
+@pytest.fixture(scope="session")
+def value_dir(tmp_path_factory) -> Path:
+    return make_directory(tmp_path_factory.mktemp("models") / "value", seed=2, hidden_size=16, num_attention_heads=2,
+                          num_key_value_heads=1)
+
+
+@pytest.fixture
+def chats_file(tmp_path) -> Path:
+    """24 short chats of two exchanges."""
+    chats = [{"conversations": [
+        {"from": "human", "value": f"Where is the cat {i}?"}, {"from": "gpt", "value": "On the mat." * (1 + i % 3)},
+        {"from": "human", "value": "And the dog?"}, {"from": "gpt", "value": f"In garden {i}."}]} for i in range(24)]
+    path = tmp_path / "chats.json"
+    path.write_text(json.dumps(chats))
+    return path
+
+
+@pytest.fixture
+def run():
+    """Runs a script of the repository: run("train.py", "--epochs", 1, stdin="...") → CompletedProcess."""
+    def runner(script: str, *args, stdin: str = "") -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, ROOT / script, *map(str, args)], input=stdin, capture_output=True,
+                              text=True, cwd=ROOT, timeout=600)
+    return runner
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit status 2 and one line on stderr that holds all of `words`."""
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"

@@ -1,0 +1,195 @@
+"""The Llama against transformers', on every variant of configuration that is loaded."""
+
+import json
+import shutil
+import weakref
+
+import pytest
+import torch
+import transformers
+from conftest import make_directory
+
+import model as ours
+from files import InputError
+
+SHAPE = dict(vocab_size=120, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+VARIANTS = {
+    "llama-2": {},
+    "llama-3": dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
+    "llama-3.1": dict(num_key_value_heads=1, rope_parameters=LLAMA3),
+    "llama-3.2": dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "tinyllama": dict(num_key_value_heads=1, num_attention_heads=8),
+    "codellama": dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), vocab_size=123),
+    "linear": dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def pair(request, tmp_path):
+    """The same random model from transformers and from our loader, and its directory."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SHAPE | dict(initializer_range=0.3) | VARIANTS[request.param])
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    return theirs, ours.load(tmp_path), tmp_path
+
+
+@torch.no_grad()
+def test_logits_equal_transformers_through_the_full_sequence(pair):
+    theirs, mine, _ = pair
+    ids = torch.randint(0, 120, (2, 60))
+    expected = theirs(ids).logits
+    torch.testing.assert_close(mine(ids), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(mine(mine.embed(ids)), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_logits_with_cache_equal_transformers(pair):
+    theirs, mine, _ = pair
+    ids = torch.randint(0, 120, (2, 40))
+    expected = theirs(ids).logits
+    cache = ours.KVCache(mine.config, 2, 64, "cpu", torch.float32)
+    pieces = [mine(ids[:, :17], cache=cache)]  # the prompt, three tokens at once, then one by one
+    for first, after in [(17, 20), *((t, t + 1) for t in range(20, 40))]:
+        positions = torch.arange(first, after).expand(2, -1)
+        pieces.append(mine(ids[:, first:after], positions, cache, end=after if first % 2 else None))
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_saved_model_loads_in_transformers(pair, tmp_path):
+    theirs, mine, _ = pair
+    ours.save(mine, tmp_path / "saved")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.randint(0, 120, (1, 30))
+    torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-6, rtol=0)
+    assert ours.Config.load(tmp_path / "saved") == mine.config
+    names = set(again.state_dict()) - {"lm_head.weight"}
+    assert names <= set(ours.open_tensors(tmp_path / "saved" / "model.safetensors").keys())
+
+
+def test_old_spelling_of_rope_and_dtype_is_read(pair):
+    _, mine, directory = pair
+    raw = json.loads((directory / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    rope["type"] = rope.pop("rope_type")
+    raw["rope_scaling"] = None if rope["type"] == "default" else rope
+    raw["torch_dtype"] = raw.pop("dtype")
+    (directory / "config.json").write_text(json.dumps(raw))
+    torch.testing.assert_close(ours.load(directory).inv_freq, mine.inv_freq)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_files(tmp_path, dtype):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).to(dtype)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 120, (1, 20))
+    expected = model.float()(ids).logits
+    torch.testing.assert_close(ours.load(tmp_path)(ids), expected, atol=1e-4, rtol=0)
+    loaded = ours.load(tmp_path, dtype=torch.bfloat16)
+    assert loaded.embed.weight.dtype == torch.bfloat16 and loaded.inv_freq.dtype == torch.float32
+
+
+@torch.no_grad()
+def test_sharded_files_in_and_out(tmp_path, monkeypatch):
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
+    theirs.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
+    mine, ids = ours.load(tmp_path / "in"), torch.randint(0, 120, (1, 20))
+    monkeypatch.setattr(ours, "SHARD_BYTES", 20_000)
+    ours.save(mine, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    for model in (mine, again):
+        logits = model(ids) if model is mine else model(ids).logits
+        torch.testing.assert_close(logits, theirs(ids).logits, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing():
+    model = ours.Llama(ours.Config(50, 16, 24, 2, 2, 1, 8, 64)).init_weights(0)
+    short, long = torch.randint(0, 50, (1, 5)), torch.randint(0, 50, (1, 9))
+    padded = torch.cat([torch.cat([short, torch.full((1, 4), 7)], 1), long])
+    torch.testing.assert_close(model(padded)[0, :5], model(short)[0])
+    torch.testing.assert_close(model(padded)[1], model(long)[0])
+
+
+def test_checkpointing_gives_the_same_gradients():
+    model, ids = ours.Llama(ours.Config(50, 16, 24, 2, 2, 1, 8, 64)).init_weights(0), torch.randint(0, 50, (2, 9))
+    gradients = []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        model(ids).square().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_no_two_tensors_of_the_files_are_held_at_once(base_dir, monkeypatch):
+    read = []
+
+    class Watched:
+        def __init__(self, tensors):
+            self.tensors, self.keys = tensors, tensors.keys
+
+        def get_tensor(self, name):
+            assert all(tensor() is None for tensor in read), "an earlier tensor is still held"
+            tensor = self.tensors.get_tensor(name)
+            read.append(weakref.ref(tensor))
+            return tensor
+
+    monkeypatch.setattr(ours, "open_tensors", lambda path, real=ours.open_tensors: Watched(real(path)))
+    model = ours.load(base_dir)
+    assert len(read) == len(ours.hf_views(model))
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.fixture
+def directory(base_dir, tmp_path):
+    return shutil.copytree(base_dir, tmp_path / "model")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
+    ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), ("rope_parameters", {"rope_type": "linear"}),
+    ("quantization_config", {"bits": 4}), ("num_hidden_layers", "two"), ("num_key_value_heads", 3), ("vocab_size", None)])
+def test_unsupported_configuration_is_named(directory, field, value):
+    raw = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(raw | {field: value}))
+    with pytest.raises(InputError, match=f"config.json.*{'rope_type|RoPE' if 'rope' in field else field}"):
+        ours.load(directory)
+
+
+def test_damaged_weights_are_named(directory):
+    weights = directory / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (whole[:-100], whole[:50], b"", b"PK\x03\x04" + whole):
+        weights.write_bytes(content)
+        with pytest.raises(InputError, match="model.safetensors: not a readable safetensors file"):
+            ours.load(directory)
+    weights.unlink()
+    with pytest.raises(InputError, match="model.safetensors: no such file"):
+        ours.load(directory)
+    (directory / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(InputError, match="pickle"):
+        ours.load(directory)
+
+
+def test_weights_of_another_shape_are_named(directory):
+    raw = json.loads((directory / "config.json").read_text())
+    for change, words in (({"intermediate_size": 64}, "has shape"), ({"num_hidden_layers": 3}, "missing"),
+                          ({"num_hidden_layers": 1}, "no place")):
+        (directory / "config.json").write_text(json.dumps(raw | change))
+        with pytest.raises(InputError, match=words):
+            ours.load(directory)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
+    from data import Tokenizer
+    directory = make_directory(tmp_path, 0, vocab_size=100)
+    with pytest.raises(InputError, match="tokenizer.json.*vocab_size is 100"):
+        Tokenizer(directory).check(ours.Config.load(directory).vocab_size)

@@ -1,0 +1,269 @@
+"""Train a value model beside a frozen base.
+
+    python train.py                                                  # the toy family, end to end, on any laptop
+    python train.py --base DIR --data chats.json --out DIR           # your base, your chats; --value DIR to start from
+    python train.py --base DIR --full --data chats.json --out DIR    # fine-tune the model itself: the upper line
+    python train.py --base DIR --value DIR --data chats.json --evaluate   # held-out loss only, for any pair
+
+DIRs are Hugging Face directories. A run that was stopped goes on, step for step, with the same command
+and --resume. The losses of all steps are in OUT/log.jsonl.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data import TEMPLATES, Chats, Tokenizer, epoch_batches, tokenize
+from files import (InputError, command, open_tensors, pick_device, pick_dtype, save_tensors, writable_folder,
+                   write_text)
+from ivl import loss_sums, shared_vocabulary
+from model import Llama, load, save
+
+BILLION = 10**9
+
+
+@dataclass
+class Settings:
+    """What decides the numbers of a run. A checkpoint can be resumed only with the settings it was made with."""
+    lr: float  # of AdamW; cosine to zero
+    batch_size: int  # chats per step
+    micro_batch_size: int  # chats at a time: the gradient is the same for any, only memory differs
+    epochs: int
+    max_length: int  # tokens; longer chats are cut at a turn
+    lam: float  # λ, weight of the norm term; its pull on one logit is λ / vocabulary
+    norm_over: str  # "response": the reply's tokens; "all": every position, prompt and padding too (the released code)
+    warmup: float = 0.04  # share of the steps, Table 5
+    weight_decay: float = 0.01  # on matrices; the released scripts' value
+    clip: float = 1.0  # largest norm of the gradient
+    held_out: float = 0.02  # share of the chats that is never trained on; the released scripts' value
+    seed: int = 0
+
+
+def paper_settings(model: Llama, base: Llama | None) -> dict:
+    """Table 5: by the size of the model that is trained."""
+    big = model.size() > 3 * BILLION
+    return dict(lr=1e-5 if big else 1e-4, batch_size=16 if big else 32, micro_batch_size=4, epochs=3,
+                max_length=min(4096, *(m.config.max_position_embeddings for m in (model, base) if m is not None)),
+                lam=1.0, norm_over="response")
+
+
+# ---------------------------------------------------------------- one run
+
+def forward(base: Llama | None, value: Llama, batch: tuple[Tensor, Tensor, Tensor], norm_over: str,
+            autocast) -> tuple[Tensor, Tensor]:
+    """The sums of cross-entropy and norm term over one batch; base None fine-tunes `value` itself."""
+    inputs, targets, real = batch
+    counted = targets >= 0 if norm_over == "response" else torch.ones_like(real)
+    with autocast:
+        with torch.no_grad():
+            z_base = None if base is None else base(inputs)
+        return loss_sums(z_base, value(inputs), targets, counted)
+
+
+@torch.no_grad()
+def held_out_loss(base: Llama | None, value: Llama | None, chats: Chats, rows: list[int], size: int, device,
+                  autocast) -> float:
+    """Cross-entropy of z_post in nats per target token over the chats `rows`; value None measures the base alone."""
+    total, n = 0.0, 0
+    for part in torch.tensor(rows).split(size):
+        batch = chats.batch(part.tolist(), device)
+        pair = (base, value) if value is not None else (None, base)
+        total += forward(*pair, batch, "response", autocast)[0].item()
+        n += int((batch[1] >= 0).sum())
+    return total / n
+
+
+def rate(step: int, steps: int, settings: Settings) -> float:
+    """The share of the learning rate at a step: linear warm-up, then a cosine down to zero."""
+    warmup = max(1, round(settings.warmup * steps))
+    return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
+
+
+def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, out: Path, *, resume: bool = False,
+          save_every: int = 500, autocast=nullcontext(), log: Path | None = None, name: str = "value") -> None:
+    """Trains `value` in place so that CE(z_post) + λ norm term falls (base None: CE of `value` alone).
+
+    Every `save_every` steps and after each epoch everything a run needs is written to out/checkpoint.safetensors.
+    """
+    device = value.embed.weight.device
+    order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(settings.seed))
+    cut = max(1, round(settings.held_out * len(chats)))
+    held, kept = order[:cut].tolist(), order[cut:]
+    if not len(kept):
+        raise InputError(f"only {len(chats)} chat is left; training and held-out loss need one each")
+    batches = [[kept[i].item() for i in batch] for epoch in range(settings.epochs) for batch in epoch_batches(
+        chats.lengths()[kept], settings.batch_size, settings.seed * 1_000_003 + epoch)]
+    steps = len(batches)
+    groups = [[p for p in value.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": settings.weight_decay},
+                                   {"params": groups[1], "weight_decay": 0.0}], lr=settings.lr, fused=True)
+    checkpoint, log = out / "checkpoint.safetensors", log or out / "log.jsonl"
+    start = load_checkpoint(checkpoint, value, optimizer, settings, len(chats)) if resume else 0
+    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    keep = [entry for entry in entries if entry["run"] != name or entry["step"] < start]  # the rest is done again
+    write_text(log, "".join(json.dumps(entry) + "\n" for entry in keep))
+
+    def held_out() -> float:
+        return held_out_loss(base, value, chats, held, settings.micro_batch_size, device, autocast)
+
+    with open(log, "a") as lines, tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar:
+        def note(**entry):
+            lines.write(json.dumps({"run": name, **entry}) + "\n")
+            lines.flush()
+
+        if start == 0:
+            note(step=0, held_out_loss=held_out())
+        for step in range(start, steps):
+            parts = [chats.batch(part.tolist(), device) for part in torch.tensor(batches[step]).split(
+                settings.micro_batch_size)]
+            # every part is weighted by its tokens: the gradient is that of the whole batch at once
+            n = sum(int((targets >= 0).sum()) for _, targets, _ in parts)
+            counted = n if settings.norm_over == "response" else sum(targets.numel() for _, targets, _ in parts)
+            loss = norm = torch.zeros((), device=device)
+            for part in parts:
+                cross_entropy, norm_sum = forward(base, value, part, settings.norm_over, autocast)
+                (cross_entropy / n + settings.lam * norm_sum / counted).backward()
+                loss, norm = loss + cross_entropy.detach() / n, norm + norm_sum.detach() / counted
+            size = torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * rate(step, steps, settings)
+            optimizer.step()
+            optimizer.zero_grad()
+            note(step=step, loss=loss.item(), norm=norm.item(), gradient=size.item(), lr=group["lr"], targets=n)
+            bar.set_postfix(loss=f"{loss.item():.3f}", norm=f"{norm.item():.3f}")
+            bar.update()
+            if (step + 1) % (steps // settings.epochs) == 0:
+                note(step=step, held_out_loss=held_out())
+            if (step + 1) % save_every == 0 and step + 1 < steps:
+                save_checkpoint(checkpoint, value, optimizer, settings, step + 1, len(chats))
+    checkpoint.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, step: int, chats: int) -> None:
+    tensors = {}
+    for name, p in value.named_parameters():
+        tensors[f"value.{name}"] = p.data
+        tensors |= {f"{key}.{name}": state for key, state in optimizer.state[p].items()}
+    save_tensors(tensors, path, {"step": str(step), "chats": str(chats), "settings": json.dumps(asdict(settings))})
+
+
+@torch.no_grad()
+def load_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, chats: int) -> int:
+    """Restores weights and optimizer; gives the next step. Raises InputError if the run was another one."""
+    if not path.exists():
+        raise InputError(f"{path}: no checkpoint to resume; leave out --resume")
+    tensors = open_tensors(path)
+    made_with = tensors.metadata()
+    for field, old in json.loads(made_with["settings"]).items():
+        if old != getattr(settings, field):
+            raise InputError(f"{path}: was made with {field} = {old}, not {getattr(settings, field)}; resume with the same")
+    if int(made_with["chats"]) != chats:
+        raise InputError(f"{path}: was made with {made_with['chats']} chats, not {chats}; resume with the same --data")
+    for name, p in value.named_parameters():
+        p.copy_(tensors.get_tensor(f"value.{name}"))
+        optimizer.state[p] = {key: tensors.get_tensor(f"{key}.{name}").to(p.device)
+                              for key in ("step", "exp_avg", "exp_avg_sq")}
+    return int(made_with["step"])
+
+
+def save_model(value: Llama, tokenizer: Tokenizer, out: Path, base: str | None, settings: Settings) -> None:
+    """The trained model as a Hugging Face directory, with a note on what it is."""
+    save(value, out)
+    tokenizer.save(out)
+    kind = (f"A value model: it was trained to be added, logit by logit, to the frozen base `{base}`.\nAlone it is a "
+            "difference between two models, not a chat model." if base else "A fine-tuned model.")
+    write_text(out / "README.md", f"{kind}\n\n```json\n{json.dumps(asdict(settings), indent=2)}\n```\n")
+
+
+# ---------------------------------------------------------------- command line
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what to train (nothing: the toy family)")
+    group.add_argument("--base", help="frozen base: a Hugging Face directory")
+    group.add_argument("--value", help="weights that the value model starts from (default: the base's)")
+    group.add_argument("--data", help="chats: ShareGPT, messages or Alpaca, .json or .jsonl")
+    group.add_argument("--out", help="directory of the trained model (default for the toy: out/toy)")
+    group.add_argument("--full", action="store_true", help="fine-tune the base itself, without a value model")
+    group.add_argument("--evaluate", action="store_true", help="print the held-out loss of the pair and train nothing")
+    group.add_argument("--template", choices=TEMPLATES, help="chat template (default: the directory's own, else llama-2)")
+    group = parser.add_argument_group("how (defaults for real models: the paper's Table 5)")
+    group.add_argument("--lr", type=float, help="learning rate (1e-4; 1e-5 above 3B parameters)")
+    group.add_argument("--batch_size", type=int, help="chats per step (32; 16 above 3B)")
+    group.add_argument("--micro_batch_size", type=int, help="chats at a time, for less memory (4)")
+    group.add_argument("--epochs", type=int, help="passes over the chats (3)")
+    group.add_argument("--max_length", type=int, help="tokens per chat (4096, or the models' context)")
+    group.add_argument("--lam", type=float, help="λ, weight of the norm term (1.0)")
+    group.add_argument("--norm_over", choices=["response", "all"], help="norm term over the replies, or over every "
+                       "position, prompt and padding too, as the released code has it (response)")
+    group.add_argument("--seed", type=int, default=0, help="order of the chats, held-out split (0)")
+    group = parser.add_argument_group("with what")
+    group.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
+    group.add_argument("--save_every", type=int, default=500, help="steps between checkpoints (500)")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                       help="of the arithmetic; the trained weights stay float32 (auto: bfloat16 on CUDA)")
+    args = parser.parse_args()
+    for name in ("batch_size", "micro_batch_size", "epochs", "max_length", "save_every"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise InputError(f"--{name} = {getattr(args, name)}; it must be at least 1")
+    return args
+
+
+def main() -> None:
+    args = arguments()
+    device = pick_device(args.device)
+    if args.base is None:
+        if args.value or args.data or args.full or args.evaluate:
+            raise InputError("--base is missing: give the directory of the base model (or no arguments for the toy)")
+        from experiments import toy
+        return toy.story(Path(args.out or toy.OUT), args.seed, device)
+    if args.data is None or (args.out is None and not args.evaluate):
+        raise InputError(f"{'--data' if args.data is None else '--out'} is missing")
+    if args.full and args.value:
+        raise InputError("--full trains the base itself; leave out --value")
+
+    dtype = pick_dtype(args.dtype, device)
+    autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    if args.out:
+        writable_folder(args.out)
+    start = args.value or args.base
+    tokenizer, base_tokenizer = Tokenizer(start, args.template), Tokenizer(args.base)
+    shared = shared_vocabulary(base_tokenizer.tokens, tokenizer.tokens)
+    base = None if args.full else load(args.base, device, dtype).requires_grad_(False)
+    value = load(start, device)
+    value.checkpointing = args.checkpointing
+    tokenizer.check(value.config.vocab_size)
+    if base is not None:
+        base_tokenizer.check(base.config.vocab_size)
+    settings = Settings(**{**paper_settings(value, base), **{
+        f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}})
+    chats = tokenize(args.data, tokenizer, settings.max_length)
+    print(f"{args.data}: {chats.report}")
+    if int(chats.ids.max()) >= shared:
+        raise InputError(f"{args.data}: uses token {int(chats.ids.max())}, which only one of the two vocabularies has")
+    if args.evaluate:
+        for name, pair in (("base alone", (base, None)), ("base + value", (base, value))):
+            loss = held_out_loss(*pair, chats, list(range(len(chats))), settings.micro_batch_size, device, autocast)
+            print(f"{name}: {loss:.4f} nats per token")
+        return
+    out = Path(args.out)
+    train(base, value, chats, settings, out, resume=args.resume, save_every=args.save_every, autocast=autocast,
+          name="full" if args.full else "value")
+    save_model(value, tokenizer, out, None if args.full else args.base, settings)
+    other = args.base if args.full else f"{args.base} --value {out}"
+    print(f"\nsaved {out}; try\n  python sample.py --base {out if args.full else other} \"Who are you?\"")
+
+
+if __name__ == "__main__":
+    command(main)
