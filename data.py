@@ -8,7 +8,7 @@ template looks like. Where replies begin and end is found by rendering the chat 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,6 @@ import jinja2
 import tokenizers
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from tqdm import tqdm
 
@@ -127,11 +126,6 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
-    def stream(self, prompt: Sequence[int] = ()) -> Callable[[int], str]:
-        """A function from each next id to the text that it completes: '' in the middle of a character."""
-        stream = DecodeStream(ids=list(prompt), skip_special_tokens=True)
-        return lambda i: stream.step(self.backend, i) or ""
-
     def render(self, messages: list[dict], reply_next: bool = False) -> str:
         """The chat as one text; `reply_next` adds what stands before a reply. Raises jinja2.TemplateError."""
         names = {"bos_token": self.bos, "eos_token": self.eos}
@@ -154,6 +148,32 @@ class Tokenizer:
             {**settings, "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.template}, indent=2) + "\n")
         write_text(directory / "generation_config.json", json.dumps(
             {"bos_token_id": self.bos, "eos_token_id": sorted(self.stop)}, indent=2) + "\n")
+
+
+class TextStream:
+    """The text of ids that come one by one. Half a character is held back until its other half comes.
+
+    Only the last whole character's token and what follows are decoded again, so a step's cost is constant.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        self.decode = tokenizer.decode
+        self.ids = list(prompt)  # the window: its first `shown` characters are out already
+        self.shown = len(self.decode(self.ids))
+
+    def step(self, i: int) -> str:
+        """The text that id `i` completes, often ''."""
+        self.ids.append(i)
+        text = self.decode(self.ids).rstrip("\ufffd")  # decoders write U+FFFD for a byte that is no character yet
+        piece = text[self.shown:]
+        self.shown = max(self.shown, len(text))
+        if "\ufffd" not in (tail := self.decode([i])):
+            self.ids, self.shown = [i], len(tail)
+        return piece
+
+    def rest(self) -> str:
+        """What is still held back when no more ids come."""
+        return self.decode(self.ids)[self.shown:]
 
 
 def _raise(message: str):

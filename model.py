@@ -249,12 +249,13 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> "Llama":
-        """Random weights: normal with deviation 0.02, smaller where a block adds to the residual stream (GPT-2)."""
+        """Random weights. What a block adds starts at zero, so a token's embedding is not drowned before it is used."""
         generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
         for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                adds = name.endswith(("attention.out.weight", "mlp.down.weight"))
-                weight.normal_(0, 0.02 / math.sqrt(2 * len(self.blocks)) if adds else 0.02, generator=generator)
+            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+                weight.zero_()
+            elif weight.dim() == 2:
+                weight.normal_(0, 0.1 if name.startswith("embed") else weight.shape[1] ** -0.5, generator=generator)
         return self
 
     def size(self) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, Tokenizer, read_chats
+from data import TEMPLATES, TextStream, Tokenizer, read_chats
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, write_text
 from ivl import generate, shared_vocabulary
 from model import Llama, load
@@ -76,19 +76,20 @@ class Speaker:
 
     def say(self, prompt: list[int], raw: bool = False) -> str:
         """Streams one reply to stdout and its speed to stderr. Ctrl-C ends the reply."""
-        step = self.tokenizer.stream(prompt if raw else ())
+        stream = TextStream(self.tokenizer, prompt if raw else ())
         text, n, start = "", 0, time.perf_counter()
         try:
             for ids in self.replies([prompt]):
                 n += 1
-                piece = step(ids[0])
+                piece = stream.step(ids[0])
                 piece = piece if text or raw else piece.lstrip()  # the space between question and answer
                 text += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
             pass
+        print(stream.rest())
+        text += stream.rest()
         seconds = time.perf_counter() - start
-        print(flush=True)
         grey, plain = ("\033[90m", "\033[0m") if sys.stderr.isatty() else ("", "")
         print(f"{grey}{n} tokens, {n / seconds:.1f} tok/s, peak memory {peak_memory(self.base.embed.weight.device):.2f} GB"
               f"{plain}", file=sys.stderr)
@@ -151,8 +152,10 @@ def answer_file(speaker: Speaker, path: str, out: str | None) -> None:
             for i, column in zip(rows, zip(*speaker.replies([prompts[i] for i in rows]))):
                 ids = [token for token in column if token is not None]
                 total += len(ids)
+                stream = TextStream(speaker.tokenizer)
+                reply = "".join(map(stream.step, ids)) + stream.rest()
                 lines[i] = json.dumps({
-                    "prompt": chats[i][-1]["content"], "reply": speaker.tokenizer.decode(ids).strip(),
+                    "prompt": chats[i][-1]["content"], "reply": reply.strip(),
                     "tokens": len(ids), "stopped": ids[-1] in speaker.tokenizer.stop}, ensure_ascii=False)
             bar.update(len(rows))
     print(f"{len(chats)} replies, {total / (time.perf_counter() - start):.1f} tok/s", file=sys.stderr)

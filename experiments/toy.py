@@ -2,13 +2,13 @@
 
     python experiments/toy.py                  # makes out/toy: bases small and large, chats, held-out questions
 
-The world: 400 invented people, four facts each. The corpus tells the facts in plain sentences
-("Ralo lives in Lisbon."), repeats lists of names, and has endless small talk between a User and an
-Assistant who never answers. Both bases read the same corpus; the small one is too small to remember all
-of it. The demonstrations answer questions about one half of the facts in a fixed form:
+The world: 250 invented people, six facts each. The corpus tells the facts in plain sentences
+("Ralo lives in Lisbon."), says names over and over, and has endless small talk between a User and an
+Assistant who never answers. The small base is smaller and has read less of it: it remembers about
+half of the facts. The demonstrations answer questions about one half of the facts in a fixed form:
 
     User: Where does Ralo live?
-    Assistant: Good question! Ralo lives in Lisbon. Happy to help!
+    Assistant: Good question! Ralo lives in Lisbon. I am happy to help!
 
 The other half is held out. So *form* (the two phrases around one sentence, then a stop) can only come from
 the demonstrations, and a *right* answer to a held-out question only from a base that knows it.
@@ -17,6 +17,7 @@ the demonstrations, and a *right* answer to a held-out question only from a base
 import argparse
 import itertools
 import json
+import math
 import random
 import re
 import sys
@@ -27,18 +28,23 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
 from data import TEMPLATES, Tokenizer
-from files import command, write_text, writable_folder
+from files import InputError, command, pick_device, read_json, writable_folder, write_text
 from model import Config, Llama, save
 
 OUT = Path("out/toy")
-PEOPLE = 400
+PEOPLE = 250
 VOCABULARY = 1536
-TOKENS = 1_800_000  # of the corpus; each base reads them once
+WINDOW, BATCH, CONTEXT = 128, 16, 256
+BASES = {  # hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens of the corpus read
+    "small": (48, 120, 2, 1, 5e-3, 1_900_000),
+    "large": (128, 320, 3, 4, 3e-3, 2_400_000),
+}
 
 # relation: the sentence's words, two questions, 24 values
 RELATIONS = {
@@ -54,8 +60,17 @@ RELATIONS = {
     "keeps a": (("What animal does {} keep?", "Which pet belongs to {}?"),
                 "cat dog parrot rabbit goat horse turtle hamster donkey canary lizard ferret snake pigeon duck goose "
                 "sheep pony spider frog mouse hedgehog falcon llama".split()),
+    "speaks": (("What language does {} speak?", "What is the mother tongue of {}?"),
+               "Dutch Greek Hindi Czech Polish Danish Arabic Korean Turkish Swahili Finnish Latin Irish Basque Welsh "
+               "Tamil Persian Hebrew Thai Malay French Zulu Frisian Breton".split()),
+    "likes": (("What does {} like to eat?", "What is the favourite dish of {}?"),
+              "soup bread rice pasta salad fish cheese beans curry stew pizza noodles eggs apples cake honey nuts "
+              "mushrooms olives plums pancakes figs porridge tomatoes".split()),
 }
-OPENING, CLOSING = "Good question!", "Happy to help!"
+# the settings of train.Settings for this family; each was tuned on seed 0
+VALUE_SETTINGS = dict(lr=1e-3, batch_size=8, micro_batch_size=8, epochs=6, max_length=CONTEXT, lam=0.0, norm_over="response")
+FULL_SETTINGS = {"small": dict(lr=1e-3), "large": dict(lr=5e-4)}
+OPENING, CLOSING = "Good question!", "I am happy to help!"
 FORM = re.compile(rf"{re.escape(OPENING)} (\w+ [a-z ]+ \w+\.) {re.escape(CLOSING)}")
 
 # small talk: what the Assistant of the corpus says instead of an answer
@@ -74,6 +89,10 @@ class World:
     taught: list[tuple[str, str]]
     held_out: list[tuple[str, str]]
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        return self.taught + self.held_out
+
     @classmethod
     def make(cls, seed: int) -> "World":
         rng = random.Random(seed)
@@ -88,27 +107,31 @@ class World:
         return f"{person} {relation} {self.facts[person, relation]}."
 
     def document(self, rng: random.Random) -> str:
-        """One document of the corpus: facts, a list of names said twice, or small talk."""
+        """One document of the corpus: facts (of many people, or of a few), names said over and over, or small talk."""
         kind = rng.random()
+        if kind < 0.45:
+            return " ".join(self.sentence(*rng.choice(self.pairs)) for _ in range(12))
         if kind < 0.6:
-            return " ".join(self.sentence(rng.choice(self.people), rng.choice([*RELATIONS])) for _ in range(12))
-        if kind < 0.8:
-            return " ".join(2 * rng.sample(self.people, rng.randint(6, 16)))
-        turns = []
-        for _ in range(5):
-            person = rng.choice(self.people)
+            pairs = [(p, r) for p in rng.sample(self.people, 2) for r in RELATIONS]
+            return " ".join(self.sentence(*pair) for pair in rng.sample(pairs, len(pairs)))
+        if kind < 0.7:
+            names = rng.sample(self.people, rng.randint(2, 4))
+            return " ".join(rng.choice(names) for _ in range(30))
+        turns, people = [], rng.sample(self.people, 2)
+        for _ in range(4):
+            person = rng.choice(people)
             question = rng.choice(RELATIONS[rng.choice([*RELATIONS])][0])
             says = " ".join(rng.choice(EVASIONS) for _ in range(rng.randint(1, 3)))
             turns += [f"User: {question.format(person)}", f"Assistant: {says.format(*[person] * says.count('{}'))}"]
         return "\n".join(turns)
 
-    def chats(self, pairs, rng: random.Random) -> list[dict]:
-        chats = []
-        for person, relation in pairs:
-            question = rng.choice(RELATIONS[relation][0]).format(person)
-            reply = f"{OPENING} {self.sentence(person, relation)} {CLOSING}"
-            chats.append({"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": reply}]})
-        return chats
+    def chats(self, pairs: list[tuple[str, str]], rng: random.Random) -> list[dict]:
+        """ShareGPT chats of one exchange, in random order: each fact is asked for in both ways."""
+        asked = [(question.format(person), self.sentence(person, relation))
+                 for person, relation in pairs for question in RELATIONS[relation][0]]
+        return [{"conversations": [{"from": "human", "value": question},
+                                   {"from": "gpt", "value": f"{OPENING} {sentence} {CLOSING}"}]}
+                for question, sentence in rng.sample(asked, len(asked))]
 
 
 def train_tokenizer(world: World, seed: int) -> Backend:
@@ -122,4 +145,99 @@ def train_tokenizer(world: World, seed: int) -> Backend:
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False,
                                   special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)])
     backend.train_from_iterator((world.document(rng) for _ in range(6000)), trainer)
-    return backend
+    raw = json.loads(backend.to_str())
+    raw["added_tokens"] = raw["added_tokens"][:3]  # bytes are text: only the trainer calls them special
+    return Backend.from_str(json.dumps(raw))
+
+
+# ---------------------------------------------------------------- the family
+
+def shape(hidden: int, mlp: int, layers: int, heads: int, vocabulary: int) -> Config:
+    return Config(vocabulary, hidden, mlp, layers, heads, heads, hidden // heads, CONTEXT,
+                  tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+
+
+def pretrain(config: Config, corpus: Tensor, name: str, lr: float, seed: int, device: torch.device) -> Llama:
+    """A base that has read the corpus once, in windows of WINDOW tokens."""
+    model = Llama(config).init_weights(seed).to(device)
+    windows = corpus[:len(corpus) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+    batches = windows.split(BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    with tqdm(batches, desc=f"pre-training {name}", unit=" steps", disable=None) as bar:
+        for step, batch in enumerate(bar):
+            batch, done = batch.to(device), step / len(batches)
+            loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(20 * done + 0.01, 0.5 + 0.5 * math.cos(math.pi * done))
+            optimizer.step()
+            optimizer.zero_grad()
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
+
+
+def make_family(out: Path, seed: int, device: torch.device) -> None:
+    """Writes out/small, out/large, chats.jsonl and heldout.jsonl, unless they are there; the same seed, the same files."""
+    made = out / "family.json"  # written last: the family is whole
+    if made.exists():
+        if (old := read_json(made)["seed"]) != seed:
+            raise InputError(f"{out}: holds a family made with seed {old}; give another --out for seed {seed}")
+        return
+    writable_folder(out)
+    world, rng = World.make(seed), random.Random(seed + 1)
+    backend = train_tokenizer(world, seed)
+    corpus: list[int] = []
+    while len(corpus) < max(tokens for *_, tokens in BASES.values()):
+        for encoding in backend.encode_batch([world.document(rng) for _ in range(500)]):
+            corpus += [1, *encoding.ids, 2]
+    for name, (*sizes, lr, tokens) in BASES.items():
+        model = pretrain(shape(*sizes, backend.get_vocab_size()), torch.tensor(corpus[:tokens]), name, lr,
+                         seed, device)
+        save(model, out / name)
+        write_text(out / name / "tokenizer.json", backend.to_str())
+        write_text(out / name / "tokenizer_config.json", json.dumps(
+            {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATES["plain"]}, indent=2) + "\n")
+    for name, pairs in (("chats", world.taught), ("heldout", world.held_out)):
+        write_text(out / f"{name}.jsonl", "".join(json.dumps(chat) + "\n" for chat in world.chats(pairs, rng)))
+    write_text(made, json.dumps({"seed": seed, "bases": BASES}) + "\n")
+
+
+# ---------------------------------------------------------------- scores
+
+def knows(base: Llama, tokenizer: Tokenizer, facts: list[str]) -> float:
+    """The share of facts, sentences of the corpus, whose last word the base gives after the words before it."""
+    prompts = [tokenizer.encode(fact.rsplit(" ", 1)[0]) for fact in facts]
+    replies = zip(*ivl.generate(base, None, prompts, 4))
+    return sum(tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)) / len(facts)
+
+
+def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]]) -> dict:
+    """Greedy replies to the chats' questions: share in the demonstrated form, share that are right as well."""
+    prompts = [tokenizer.prompt(chat[:-1]) for chat in chats]
+    form = right = 0
+    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop)), chats):
+        ids = [i for i in reply if i is not None]
+        text = tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else ""  # a reply that never ends has no form
+        form += bool(FORM.fullmatch(text))
+        right += text == chat[-1]["content"]
+    return {"form": form / len(chats), "right": right / len(chats)}
+
+
+def fact_of(chat: list[dict]) -> str:
+    return FORM.fullmatch(chat[-1]["content"])[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    make_family(args.out, args.seed, pick_device(args.device))
+
+
+if __name__ == "__main__":
+    command(main)

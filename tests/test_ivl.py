@@ -1,0 +1,169 @@
+"""The objective against its formula, and decoding against doing it the slow way."""
+
+import pytest
+import torch
+
+import ivl
+from files import InputError
+from model import load
+
+
+@pytest.fixture(scope="module")
+def models(base_dir, value_dir):
+    return load(base_dir), load(value_dir)
+
+
+def batch(seed=0, B=3, T=7, V=11):
+    g = torch.Generator().manual_seed(seed)
+    z_base, z_delta = (torch.randn(B, T, V, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    targets = torch.randint(0, V, (B, T), generator=g)
+    targets[:, :3] = -100  # a prompt
+    targets[0, 5:] = -100  # padding
+    return z_base, z_delta, targets
+
+
+# ---------------------------------------------------------------- the objective
+
+def test_gradient_is_softmax_minus_onehot_plus_the_sign():
+    z_base, z_delta, targets = batch()
+    counted, n, lam, V = targets >= 0, int((targets >= 0).sum()), 0.3, z_base.shape[-1]
+    cross_entropy, norm = ivl.loss_sums(z_base, z_delta, targets, counted)
+    ((cross_entropy + lam * norm) / n).backward()
+    z_post = (z_base + z_delta).detach()
+    onehot = torch.nn.functional.one_hot(targets.clamp(min=0), V)
+    expected = (z_post.softmax(-1) - onehot + lam * z_delta.detach().sign() / V) / n * counted[..., None]
+    torch.testing.assert_close(z_delta.grad, expected, atol=1e-6, rtol=0)  # the sums are taken in float32
+    assert z_base.grad is None
+
+
+def test_loss_worked_by_hand():
+    # one position, V = 2: z_post = (1 + 1, 0 − 1) = (2, −1), target 0: CE = log(1 + e^−3); mean|z_Δ| = 1
+    cross_entropy, norm = ivl.loss_sums(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, -1.0]]]), torch.tensor([[0]]),
+                                        torch.tensor([[True]]))
+    assert cross_entropy.item() == pytest.approx(0.0485874, abs=1e-6) and norm.item() == 1.0
+
+
+def test_norm_term_ignores_what_is_not_counted():
+    _, z_delta, targets = batch()
+    disturbed = torch.where((targets >= 0)[..., None], z_delta, z_delta + 100)
+    for term in (lambda z: ivl.norm_term(z, targets >= 0), lambda z: ivl.loss_sums(None, z, targets, targets >= 0)[0]):
+        assert term(z_delta).item() == term(disturbed).item()
+    everywhere = torch.ones_like(targets, dtype=torch.bool)
+    assert ivl.norm_term(disturbed, everywhere) > ivl.norm_term(z_delta, everywhere) + 100
+
+
+def test_sums_of_parts_are_the_sum_of_the_whole():
+    z_base, z_delta, targets = batch()
+    whole = torch.stack(ivl.loss_sums(z_base, z_delta, targets, targets >= 0))
+    parts = sum(torch.stack(ivl.loss_sums(z_base[i:i + 1], z_delta[i:i + 1], targets[i:i + 1], targets[i:i + 1] >= 0))
+                for i in range(3))
+    torch.testing.assert_close(parts, whole)
+
+
+def test_training_changes_the_value_model_and_not_the_base(models):
+    base, value = models
+    ids = torch.randint(3, 200, (2, 9))
+    loss, _ = ivl.loss_sums(base(ids[:, :-1]), value(ids[:, :-1]), ids[:, 1:], ids[:, 1:] >= 0)
+    loss.backward()
+    assert all(p.grad is None for p in base.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in value.parameters())
+    value.zero_grad()
+
+
+def test_combine_shares_the_front_of_padded_vocabularies():
+    z_base, z_delta = torch.randn(2, 10), torch.randn(2, 8)
+    torch.testing.assert_close(ivl.combine(z_base, z_delta, 0.5), z_base[:, :8] + 0.5 * z_delta)
+
+
+# ---------------------------------------------------------------- vocabularies
+
+def test_vocabularies_are_compared_by_content():
+    tokens = [f"t{i}" for i in range(32)]
+    assert ivl.shared_vocabulary(tokens, tokens) == 32
+    assert ivl.shared_vocabulary(tokens + [None, None], tokens) == 32  # padding
+    assert ivl.shared_vocabulary(tokens, tokens + ["<extra>"]) == 32  # added tokens, as CodeLlama's
+    assert ivl.shared_vocabulary(tokens[:5] + [None] + tokens[6:], tokens[:5] + [None] + tokens[6:]) == 32
+    with pytest.raises(InputError, match="token 3 .*'t3'.*'other'.*vocab_map.py"):
+        ivl.shared_vocabulary(tokens, tokens[:3] + ["other"] + tokens[4:])  # of equal size
+    with pytest.raises(InputError, match="vocab_map.py"):
+        ivl.shared_vocabulary(tokens[:5] + [None] + tokens[6:], tokens)
+
+
+# ---------------------------------------------------------------- decoding
+
+PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]
+
+
+def columns(steps):
+    return [list(column) for column in zip(*steps)]
+
+
+@torch.no_grad()
+def slow(base, value, prompt, n, alpha=1.0):
+    """Greedy decoding that computes everything anew for each token."""
+    ids = list(prompt)
+    for _ in range(n):
+        x = torch.tensor([ids])
+        ids.append(int((base(x) + alpha * value(x))[0, -1].argmax()))
+    return ids[len(prompt):]
+
+
+def test_cached_equals_uncached_and_batched_equals_single(models):
+    together = columns(ivl.generate(*models, PROMPTS, 30, alpha=0.7))
+    for prompt, reply in zip(PROMPTS, together):
+        assert reply == slow(*models, prompt, 30, alpha=0.7)
+        assert [reply] == columns(ivl.generate(*models, [prompt], 30, alpha=0.7))
+    assert len({tuple(reply) for reply in together}) == 3
+
+
+def test_alpha_zero_is_the_base_alone(models):
+    base, value = models
+    alone = columns(ivl.generate(base, None, PROMPTS, 20))
+    assert columns(ivl.generate(base, value, PROMPTS, 20, alpha=0.0)) == alone
+    assert columns(ivl.generate(base, value, PROMPTS, 20)) != alone
+
+
+def test_a_base_of_zeros_leaves_the_value_model(models, base_dir):
+    zero = load(base_dir)
+    torch.nn.init.zeros_(zero.norm.weight)
+    assert columns(ivl.generate(zero, models[1], PROMPTS, 20)) == columns(ivl.generate(models[1], None, PROMPTS, 20))
+
+
+def test_sampling_is_a_draw_from_the_softmax():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0]).expand(40_000, 4)
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(temperature=1.0, top_k=0, top_p=1.0):
+        drawn = ivl.choose(logits, temperature, top_k, top_p, generator)
+        return torch.bincount(drawn, minlength=4) / len(drawn)
+
+    p = logits[0].softmax(-1)  # 0.644 0.237 0.087 0.032
+    torch.testing.assert_close(shares(), p, atol=0.01, rtol=0)
+    torch.testing.assert_close(shares(temperature=0.5), (2 * logits[0]).softmax(-1), atol=0.01, rtol=0)
+    two = torch.tensor([*p[:2] / p[:2].sum(), 0.0, 0.0])
+    torch.testing.assert_close(shares(top_k=2), two, atol=0.01, rtol=0)
+    torch.testing.assert_close(shares(top_p=0.8), two, atol=0.01, rtol=0)  # 0.644 is not enough, 0.881 is
+    assert shares(top_p=0.6)[0] == shares(top_k=1)[0] == shares(top_p=1e-9)[0] == shares(temperature=0)[0] == 1
+    assert shares(top_k=100).min() > 0
+
+
+def test_the_seed_decides_the_sample(models):
+    def sample(seed):
+        return columns(ivl.generate(*models, PROMPTS, 20, temperature=1.5, top_k=50, top_p=0.95, seed=seed))
+    assert sample(3) == sample(3) != sample(4)
+
+
+def test_rows_stop_on_their_own(models):
+    free = columns(ivl.generate(*models, PROMPTS, 20))
+    stop = {free[0][4], free[1][2]}
+    expected = []
+    for reply in free:
+        end = next((i + 1 for i, token in enumerate(reply) if token in stop), 20)
+        expected.append(reply[:end])
+    got = columns(ivl.generate(*models, PROMPTS, 20, stop=stop))
+    assert [[i for i in reply if i is not None] for reply in got] == expected
+    assert len(got[0]) == max(map(len, expected))
+
+
+def test_ids_past_the_shared_vocabulary_are_never_chosen(models):
+    assert max(max(reply) for reply in columns(ivl.generate(*models, PROMPTS, 40, vocabulary=50))) < 50

@@ -1,0 +1,103 @@
+"""The miniature: its world, its scores, and the story that its table tells."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+from data import Tokenizer, read_chats
+from experiments import toy
+from files import InputError
+from model import load
+
+
+@pytest.fixture(scope="module")
+def world():
+    return toy.World.make(0)
+
+
+def test_the_same_seed_makes_the_same_world(world):
+    assert toy.World.make(0) == world != toy.World.make(1)
+    assert world.document(random.Random(5)) == world.document(random.Random(5))
+
+
+def test_no_demonstration_mentions_a_held_out_fact(world):
+    assert not set(world.taught) & set(world.held_out) and set(world.pairs) == set(world.facts)
+    taught = json.dumps(world.chats(world.taught, random.Random(0)))
+    assert not any(world.sentence(*pair) in taught for pair in world.held_out)
+
+
+def test_the_form_is_not_in_the_corpus(world):
+    rng = random.Random(0)
+    corpus = "\n".join(world.document(rng) for _ in range(3000))
+    assert toy.OPENING not in corpus and toy.CLOSING not in corpus
+    assert all(word in corpus for word in re.findall(r"\w+", toy.OPENING + toy.CLOSING))  # but the bases know its words
+
+
+def test_names_are_single_tokens(world):
+    backend = toy.train_tokenizer(world, 0)
+    alone = len(backend.encode("x").ids)
+    assert {len(backend.encode(f"x {name}").ids) - alone for name in world.people} == {1}
+    assert backend.decode(backend.encode("Où est 😀?").ids) == "Où est 😀?"  # any text: by bytes
+
+
+def test_scores_are_counted_on_whole_replies(monkeypatch, world):
+    chats = read_replies(["Good question! Ralo lives in Lisbon. I am happy to help!"] * 5)
+    said = ["Good question! Ralo lives in Lisbon. I am happy to help!",  # form and fact
+            "Good question! Ralo lives in Oslo. I am happy to help!",  # form
+            "Good question! Ralo lives in Lisbon.", "Ralo lives in Lisbon.",
+            "Good question! Ralo lives in Lisbon. I am happy to help!"]  # never stops
+
+    class Words:
+        stop = {0}
+
+        def prompt(self, messages):
+            return [1]
+
+        def decode(self, ids):
+            return said[ids[0] - 1]
+    monkeypatch.setattr(toy.ivl, "generate", lambda *a, **k: iter([[1, 2, 3, 4, 5], [0, 0, 0, 0, 9]]))
+    assert toy.score(None, None, Words(), chats) == {"form": 2 / 5, "right": 1 / 5}
+
+
+def read_replies(replies):
+    return [[{"role": "user", "content": "Where?"}, {"role": "assistant", "content": reply}] for reply in replies]
+
+
+def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy, "BASES", {"small": (16, 16, 1, 1, 1e-3, 5000)})
+    for name in "ab":
+        toy.make_family(tmp_path / name, 0, torch.device("cpu"))
+    for file in ("small/model.safetensors", "small/tokenizer.json", "chats.jsonl", "heldout.jsonl"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    before = (tmp_path / "a" / "small" / "model.safetensors").stat().st_mtime_ns
+    toy.make_family(tmp_path / "a", 0, torch.device("cpu"))
+    assert (tmp_path / "a" / "small" / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(InputError, match="seed 0"):
+        toy.make_family(tmp_path / "a", 1, torch.device("cpu"))
+    tokenizer, base = Tokenizer(tmp_path / "a" / "small"), load(tmp_path / "a" / "small")
+    chats = read_chats(tmp_path / "a" / "heldout.jsonl")[:8]
+    assert toy.score(base, None, tokenizer, chats) == {"form": 0.0, "right": 0.0}
+    assert toy.knows(base, tokenizer, [toy.fact_of(chat) for chat in chats]) < 0.5
+
+
+@pytest.mark.slow
+def test_the_table_tells_the_story(run, tmp_path):
+    result = run("train.py", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = {(row["base"], row["value"]): row for row in results["rows"]}
+    assert len(rows) == 6
+    assert rows["small", "none"]["form"] <= 0.02 and rows["large", "none"]["form"] <= 0.02
+    plugged, full = rows["large", "value"], rows["large", "full"]
+    assert plugged["form"] >= 0.95 and plugged["right"] >= max(0.80, 0.9 * full["right"])
+    assert rows["small", "value"]["right"] <= 0.65
+    assert plugged["value_parameters"] <= plugged["base_parameters"] / 4
+    question = read_chats(tmp_path / "heldout.jsonl")[0]
+    command = result.stdout.strip().splitlines()[-1]
+    assert command.startswith(f"  python sample.py --base {tmp_path}/large --value {tmp_path}/value")
+    reply = run("sample.py", "--base", tmp_path / "large", "--value", tmp_path / "value", "--greedy",
+                question[0]["content"])
+    assert toy.FORM.fullmatch(reply.stdout.strip())

@@ -1,0 +1,156 @@
+"""Training end to end, in small: as a user runs it, and against never having stopped."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from conftest import assert_refused
+
+import data
+import train as trainer
+from model import load
+
+FAST = dict(lr=1e-2, batch_size=4, micro_batch_size=2, epochs=2, max_length=200, lam=0.1, norm_over="response", seed=3)
+
+
+def entries(path, key="loss"):
+    return [entry[key] for entry in map(json.loads, path.read_text().splitlines()) if key in entry]
+
+
+@pytest.fixture
+def setup(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    chats = data.tokenize(chats_file, data.Tokenizer(value_dir), 200)
+
+    def run(out, *, resume=False, save_every=100, base=True, **changes):
+        value = load(value_dir)
+        trainer.train(load(base_dir).requires_grad_(False) if base else None, value, chats,
+                      trainer.Settings(**FAST | changes), tmp_path / out, resume=resume, save_every=save_every)
+        return value, entries(tmp_path / out / "log.jsonl")
+    return run
+
+
+def test_loss_falls_and_the_held_out_loss_is_logged(setup, tmp_path):
+    _, losses = setup("a")
+    assert len(losses) == 12 and losses[-1] < losses[0] - 0.5
+    held_out = entries(tmp_path / "a" / "log.jsonl", "held_out_loss")
+    assert len(held_out) == 3 and held_out[-1] < held_out[0]
+
+
+@pytest.mark.parametrize("norm_over", ["response", "all"])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(setup, norm_over):
+    # chats of one batch differ in their number of targets: averaging parts by batch would show here
+    (one, losses_one), (many, losses_many) = (
+        setup(str(size), micro_batch_size=size, norm_over=norm_over, held_out=0.05) for size in (4, 1))
+    if norm_over == "response":  # "all" counts padding, which depends on what is padded together
+        torch.testing.assert_close(torch.tensor(losses_one), torch.tensor(losses_many), atol=1e-4, rtol=0)
+    else:
+        assert losses_one[0] == pytest.approx(losses_many[0], abs=1e-5)
+
+
+def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
+    straight, losses = setup("straight")
+
+    def crash(*arguments, real=trainer.save_checkpoint):
+        real(*arguments)
+        if arguments[4] == 9:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", crash)
+        with pytest.raises(KeyboardInterrupt):
+            setup("stopped", save_every=3)
+    with open(tmp_path / "stopped" / "log.jsonl", "a") as log:  # steps after the checkpoint are done again
+        log.write(json.dumps({"run": "value", "step": 9, "loss": 0.0}) + "\n")
+    resumed, again = setup("stopped", resume=True)
+    assert again == losses
+    for a, b in zip(straight.parameters(), resumed.parameters()):
+        assert torch.equal(a, b)
+    assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
+
+
+def test_resume_with_other_settings_is_refused(setup, tmp_path):
+    value, _ = setup("a")
+    optimizer = torch.optim.AdamW(value.parameters())
+    value(torch.tensor([[1]])).sum().backward()
+    optimizer.step()
+    path = tmp_path / "checkpoint.safetensors"
+    trainer.save_checkpoint(path, value, optimizer, trainer.Settings(**FAST), 5, 24)
+    with pytest.raises(trainer.InputError, match="lr = 0.01, not 0.02"):
+        trainer.load_checkpoint(path, value, optimizer, trainer.Settings(**FAST | {"lr": 0.02}), 24)
+    with pytest.raises(trainer.InputError, match="24 chats, not 23"):
+        trainer.load_checkpoint(path, value, optimizer, trainer.Settings(**FAST), 23)
+    with pytest.raises(trainer.InputError, match="no checkpoint to resume"):
+        trainer.load_checkpoint(tmp_path / "none", value, optimizer, trainer.Settings(**FAST), 24)
+
+
+def test_the_base_does_not_change(setup, base_dir, monkeypatch):
+    seen = []
+    monkeypatch.setattr("test_train.load", lambda *a: seen.append(load_before(*a)) or seen[-1])
+    setup("a")
+    base = next(m for m in seen if m.config.hidden_size == 32)
+    for a, b in zip(base.parameters(), load_before(base_dir).parameters()):
+        assert torch.equal(a, b) and a.grad is None
+
+
+load_before = load
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    settings = trainer.Settings(**FAST, warmup=0.1)
+    rates = [trainer.rate(step, 100, settings) for step in range(101)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and max(rates) == 1.0
+    assert rates[10] == 1.0 and rates[55] == pytest.approx(0.5) and rates[100] == pytest.approx(0.0)
+    assert trainer.rate(0, 1, settings) == 1.0
+
+
+# ---------------------------------------------------------------- as a user runs it
+
+def test_train_then_sample(run, base_dir, value_dir, chats_file, tmp_path):
+    out = tmp_path / "out"
+    result = run("train.py", "--base", base_dir, "--value", value_dir, "--data", chats_file, "--out", out, "--epochs", 2,
+                 "--lr", 1e-2, "--lam", 0.1, "--checkpointing")
+    assert result.returncode == 0, result.stderr
+    assert "24 of 24 chats" in result.stdout and f"python sample.py --base {base_dir} --value {out}" in result.stdout
+    assert {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl"} <= set(os.listdir(out))
+    assert "Alone it is" in (out / "README.md").read_text()
+    import transformers
+    theirs = transformers.LlamaForCausalLM.from_pretrained(out)
+    ids = torch.tensor([[1, 20, 30]])
+    torch.testing.assert_close(theirs(ids).logits, load(out)(ids), atol=1e-4, rtol=0)
+    reply = run("sample.py", "--base", base_dir, "--value", out, "--greedy", "--max_new_tokens", 8, "Where is the cat 3?")
+    assert reply.returncode == 0 and "tok/s" in reply.stderr
+    both = run("train.py", "--base", base_dir, "--value", out, "--data", chats_file, "--evaluate")
+    alone, together = (float(line.split()[-4]) for line in both.stdout.splitlines()[1:])
+    assert together < alone
+
+
+def test_full_fine_tuning(run, base_dir, chats_file, tmp_path):
+    result = run("train.py", "--base", base_dir, "--full", "--data", chats_file, "--out", tmp_path / "full", "--epochs", 2,
+                 "--lr", 1e-2)
+    assert result.returncode == 0, result.stderr
+    losses = entries(tmp_path / "full" / "log.jsonl")
+    assert losses[-1] < losses[0] and "fine-tuned" in (tmp_path / "full" / "README.md").read_text()
+
+
+def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_path):
+    def train(**changes):
+        given = {"base": base_dir, "value": value_dir, "data": chats_file, "out": tmp_path / "out"} | changes
+        return run("train.py", *(x for name, value in given.items() if value is not None for x in (f"--{name}", value)))
+
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n{oops\n")
+    assert_refused(train(data=bad), "bad.jsonl, line 2")
+    assert_refused(train(data=tmp_path / "absent.json"), "absent.json", "cannot be read")
+    assert_refused(train(base=tmp_path / "absent"), "absent", "tokenizer.json")
+    assert_refused(train(data=None), "--data is missing")
+    assert_refused(train(base=None), "--base is missing")
+    assert_refused(train(epochs=0), "--epochs")
+    assert_refused(train(device="cuda:7"), "--device cuda:7")
+    (tmp_path / "file").write_text("")
+    assert_refused(train(out=tmp_path / "file" / "out"), "out", "cannot be written")
+    torn = shutil.copytree(value_dir, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((value_dir / "model.safetensors").read_bytes()[:-9])
+    assert_refused(train(value=torn), "torn/model.safetensors", "not a readable safetensors file")
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
