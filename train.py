@@ -53,7 +53,7 @@ def paper_settings(model: Llama, base: Llama | None) -> dict:
     big = model.size() > 3 * BILLION
     return dict(lr=1e-5 if big else 1e-4, batch_size=16 if big else 32, micro_batch_size=4, epochs=3,
                 max_length=min(4096, *(m.config.max_position_embeddings for m in (model, base) if m is not None)),
-                lam=1.0, norm_over="response")
+                lam=0.0 if base is None else 1.0, norm_over="response")
 
 
 # ---------------------------------------------------------------- one run

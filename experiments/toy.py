@@ -67,9 +67,11 @@ RELATIONS = {
               "soup bread rice pasta salad fish cheese beans curry stew pizza noodles eggs apples cake honey nuts "
               "mushrooms olives plums pancakes figs porridge tomatoes".split()),
 }
-# the settings of train.Settings for this family; each was tuned on seed 0
-VALUE_SETTINGS = dict(lr=1e-3, batch_size=8, micro_batch_size=8, epochs=6, max_length=CONTEXT, lam=0.0, norm_over="response")
-FULL_SETTINGS = {"small": dict(lr=1e-3), "large": dict(lr=5e-4)}
+# of train.Settings, chosen on the held-out questions of seeds 0 to 2 for the value model, for full fine-tuning likewise
+VALUE_SETTINGS = dict(lr=2e-3, batch_size=8, micro_batch_size=8, epochs=3, max_length=CONTEXT, lam=0.03,
+                      norm_over="response")
+FULL_SETTINGS = {"small": dict(lr=1e-3, batch_size=32, epochs=8, lam=0.0),
+                 "large": dict(lr=5e-4, batch_size=32, epochs=8, lam=0.0)}
 OPENING, CLOSING = "Good question!", "I am happy to help!"
 FORM = re.compile(rf"{re.escape(OPENING)} (\w+ [a-z ]+ \w+\.) {re.escape(CLOSING)}")
 
