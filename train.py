@@ -90,10 +90,11 @@ def rate(step: int, steps: int, settings: Settings) -> float:
 
 
 def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, out: Path, *, resume: bool = False,
-          save_every: int = 500, autocast=nullcontext(), log: Path | None = None, name: str = "value") -> None:
+          save_every: int = 500, autocast=nullcontext(), name: str = "value") -> None:
     """Trains `value` in place so that CE(z_post) + λ norm term falls (base None: CE of `value` alone).
 
-    Every `save_every` steps and after each epoch everything a run needs is written to out/checkpoint.safetensors.
+    Each step's losses go to out/log.jsonl; every `save_every` steps all that the rest of the run depends on goes to
+    out/checkpoint.safetensors, which is removed when the run is complete.
     """
     device = value.embed.weight.device
     order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(settings.seed))
@@ -107,9 +108,10 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
     groups = [[p for p in value.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
     optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": settings.weight_decay},
                                    {"params": groups[1], "weight_decay": 0.0}], lr=settings.lr, fused=True)
-    checkpoint, log = out / "checkpoint.safetensors", log or out / "log.jsonl"
-    start = load_checkpoint(checkpoint, value, optimizer, settings, len(chats)) if resume else 0
-    entries = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    checkpoint, log = out / "checkpoint.safetensors", out / "log.jsonl"
+    start = load_checkpoint(checkpoint, value, optimizer, settings, chats) if resume else 0
+    lines = log.read_text().split("\n")[:-1] if log.exists() else []  # a crash may have left half a line: not that one
+    entries = [json.loads(line) for line in lines]
     keep = [entry for entry in entries if entry["run"] != name or entry["step"] < start]  # the rest is done again
     write_text(log, "".join(json.dumps(entry) + "\n" for entry in keep))
 
@@ -146,30 +148,32 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
             if (step + 1) % (steps // settings.epochs) == 0:
                 note(step=step, held_out_loss=held_out())
             if (step + 1) % save_every == 0 and step + 1 < steps:
-                save_checkpoint(checkpoint, value, optimizer, settings, step + 1, len(chats))
+                save_checkpoint(checkpoint, value, optimizer, settings, step + 1, chats)
     checkpoint.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, step: int, chats: int) -> None:
+def save_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, step: int, chats: Chats) -> None:
     tensors = {}
     for name, p in value.named_parameters():
         tensors[f"value.{name}"] = p.data
         tensors |= {f"{key}.{name}": state for key, state in optimizer.state[p].items()}
-    save_tensors(tensors, path, {"step": str(step), "chats": str(chats), "settings": json.dumps(asdict(settings))})
+    save_tensors(tensors, path, {"step": str(step), "chats": chats.report, "settings": json.dumps(asdict(settings))})
 
 
 @torch.no_grad()
-def load_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, chats: int) -> int:
+def load_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, chats: Chats) -> int:
     """Restores weights and optimizer; gives the next step. Raises InputError if the run was another one."""
     if not path.exists():
         raise InputError(f"{path}: no checkpoint to resume; leave out --resume")
     tensors = open_tensors(path)
-    made_with = tensors.metadata()
+    made_with = tensors.metadata() or {}
+    if not {"step", "chats", "settings"} <= set(made_with):
+        raise InputError(f"{path}: is no checkpoint of train.py; leave out --resume")
     for field, old in json.loads(made_with["settings"]).items():
         if old != getattr(settings, field):
             raise InputError(f"{path}: was made with {field} = {old}, not {getattr(settings, field)}; resume with the same")
-    if int(made_with["chats"]) != chats:
-        raise InputError(f"{path}: was made with {made_with['chats']} chats, not {chats}; resume with the same --data")
+    if made_with["chats"] != chats.report:
+        raise InputError(f"{path}: was made with {made_with['chats']}, not {chats.report}; resume with the same --data")
     for name, p in value.named_parameters():
         p.copy_(tensors.get_tensor(f"value.{name}"))
         optimizer.state[p] = {key: tensors.get_tensor(f"{key}.{name}").to(p.device)

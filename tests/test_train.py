@@ -24,10 +24,10 @@ def setup(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     chats = data.tokenize(chats_file, data.Tokenizer(value_dir), 200)
 
-    def run(out, *, resume=False, save_every=100, base=True, **changes):
+    def run(out, *, resume=False, save_every=100, base=load(base_dir), **changes):
         value = load(value_dir)
-        trainer.train(load(base_dir).requires_grad_(False) if base else None, value, chats,
-                      trainer.Settings(**FAST | changes), tmp_path / out, resume=resume, save_every=save_every)
+        trainer.train(base, value, chats, trainer.Settings(**FAST | changes), tmp_path / out, resume=resume,
+                      save_every=save_every)
         return value, entries(tmp_path / out / "log.jsonl")
     return run
 
@@ -62,7 +62,7 @@ def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             setup("stopped", save_every=3)
     with open(tmp_path / "stopped" / "log.jsonl", "a") as log:  # steps after the checkpoint are done again
-        log.write(json.dumps({"run": "value", "step": 9, "loss": 0.0}) + "\n")
+        log.write(json.dumps({"run": "value", "step": 9, "loss": 0.0}) + '\n{"run": "val')
     resumed, again = setup("stopped", resume=True)
     assert again == losses
     for a, b in zip(straight.parameters(), resumed.parameters()):
@@ -70,31 +70,30 @@ def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
     assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
 
 
-def test_resume_with_other_settings_is_refused(setup, tmp_path):
-    value, _ = setup("a")
+def test_resume_of_another_run_is_refused(value_dir, tmp_path):
+    value, path = load(value_dir), tmp_path / "checkpoint.safetensors"
     optimizer = torch.optim.AdamW(value.parameters())
     value(torch.tensor([[1]])).sum().backward()
     optimizer.step()
-    path = tmp_path / "checkpoint.safetensors"
-    trainer.save_checkpoint(path, value, optimizer, trainer.Settings(**FAST), 5, 24)
-    with pytest.raises(trainer.InputError, match="lr = 0.01, not 0.02"):
-        trainer.load_checkpoint(path, value, optimizer, trainer.Settings(**FAST | {"lr": 0.02}), 24)
-    with pytest.raises(trainer.InputError, match="24 chats, not 23"):
-        trainer.load_checkpoint(path, value, optimizer, trainer.Settings(**FAST), 23)
+    settings, chats = trainer.Settings(**FAST), data.Chats(None, None, None, "24 of 24 chats")
     with pytest.raises(trainer.InputError, match="no checkpoint to resume"):
-        trainer.load_checkpoint(tmp_path / "none", value, optimizer, trainer.Settings(**FAST), 24)
+        trainer.load_checkpoint(path, value, optimizer, settings, chats)
+    trainer.save_checkpoint(path, value, optimizer, settings, 5, chats)
+    assert trainer.load_checkpoint(path, value, optimizer, settings, chats) == 5
+    with pytest.raises(trainer.InputError, match="lr = 0.01, not 0.02"):
+        trainer.load_checkpoint(path, value, optimizer, trainer.Settings(**FAST | {"lr": 0.02}), chats)
+    with pytest.raises(trainer.InputError, match="24 of 24 chats, not 23"):
+        trainer.load_checkpoint(path, value, optimizer, settings, data.Chats(None, None, None, "23 of 24 chats"))
+    shutil.copy(value_dir / "model.safetensors", path)
+    with pytest.raises(trainer.InputError, match="no checkpoint of train.py"):
+        trainer.load_checkpoint(path, value, optimizer, settings, chats)
 
 
-def test_the_base_does_not_change(setup, base_dir, monkeypatch):
-    seen = []
-    monkeypatch.setattr("test_train.load", lambda *a: seen.append(load_before(*a)) or seen[-1])
-    setup("a")
-    base = next(m for m in seen if m.config.hidden_size == 32)
-    for a, b in zip(base.parameters(), load_before(base_dir).parameters()):
-        assert torch.equal(a, b) and a.grad is None
-
-
-load_before = load
+def test_the_base_does_not_change(setup, base_dir):
+    base = load(base_dir)
+    setup("a", base=base)
+    for p, before in zip(base.parameters(), load(base_dir).parameters()):
+        assert torch.equal(p, before) and p.grad is None
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
