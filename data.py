@@ -77,7 +77,7 @@ class Tokenizer:
         for token, i in vocabulary.items():
             self.tokens[i] = token
 
-        settings, config, generation = (read_json(path) if (path := self.directory / name).exists() else {} for name in (
+        settings, config, generation = (read_json(path, dict) if (path := self.directory / name).exists() else {} for name in (
             "tokenizer_config.json", "config.json", "generation_config.json"))
 
         def special(name: str) -> int | None:

@@ -31,12 +31,15 @@ def read_text(path: str | Path) -> str:
         raise InputError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8") from None
 
 
-def read_json(path: str | Path):
-    """The parsed contents of a JSON file. Raises InputError with the line of the mistake."""
+def read_json(path: str | Path, kind: type = object):
+    """The parsed contents of a JSON file. Raises InputError with the line of the mistake, or if it holds no `kind`."""
     try:
-        return json.loads(read_text(path))
+        parsed = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    if not isinstance(parsed, kind):
+        raise InputError(f"{path}: holds a {type(parsed).__name__} where a {kind.__name__} belongs")
+    return parsed
 
 
 @contextmanager

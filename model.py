@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from files import InputError, open_tensors, read_json, save_tensors, write_text
 
-SHARD_BYTES = 5 * 2**30  # a saved model is split into files of this size, as on the Hub
+SHARD_BYTES = 5 * 2**30  # a saved model is split into files of about this size, as on the Hub
 
 
 # ---------------------------------------------------------------- configuration
@@ -53,7 +53,7 @@ class Config:
     def load(cls, directory: str | Path) -> "Config":
         """Reads `directory/config.json`. Raises InputError for a field that this network does not have."""
         path = Path(directory) / "config.json"
-        raw = read_json(path)
+        raw = read_json(path, dict)
         supported = {"model_type": ["llama"], "hidden_act": ["silu", None], "attention_bias": [False, None],
                      "mlp_bias": [False, None], "quantization_config": [None], "partial_rotary_factor": [1.0, None]}
         for field, allowed in supported.items():
@@ -76,13 +76,11 @@ class Config:
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
             bos_token_id=raw.get("bos_token_id"), eos_token_id=raw.get("eos_token_id"))
         if heads % config.num_key_value_heads:
-            raise InputError(f"{path}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = "
-                             f"{config.num_key_value_heads}")
+            raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads = {config.num_key_value_heads}")
 
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # the new spelling, the old one
         config.rope_theta = float(rope.pop("rope_theta", raw.get("rope_theta") or 10000.0))
-        kind = rope.pop("type", None)
-        kind = rope.setdefault("rope_type", kind or "default")
+        kind = rope.setdefault("rope_type", rope.pop("type", "default"))
         needs = {"default": (), "linear": ("factor",), "llama3": (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
         if kind not in needs:
@@ -289,10 +287,10 @@ def hf_shape(view: Tensor) -> tuple[int, ...]:
 def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        raw = read_json(index)
-        if not isinstance(raw, dict) or not isinstance(raw.get("weight_map"), dict):
+        names = read_json(index, dict).get("weight_map")
+        if not isinstance(names, dict):
             raise InputError(f"{index}: has no 'weight_map'; download the index again")
-        return sorted({directory / name for name in raw["weight_map"].values()})
+        return sorted({directory / name for name in names.values()})
     if not (directory / "model.safetensors").exists() and list(directory.glob("*.bin")):
         raise InputError(f"{directory}: has weights in pickle files only (*.bin), which are never read; "
                          "convert them to safetensors")
@@ -306,18 +304,13 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
     Raises InputError for a file that is missing or damaged, and for tensors that do not fit `config.json`.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such folder; give a Hugging Face model directory")
     with torch.device("meta"):
         model = Llama(Config.load(directory))
-    files = weight_files(directory)
-    for file in files:  # each is looked at before memory is taken
-        open_tensors(file)
     model.to(dtype).to_empty(device=device)
     model.inv_freq = inverse_frequencies(model.config).to(device)  # in float32 whatever the dtype
     views = hf_views(model)
     missing = set(views)
-    for file in files:
+    for file in weight_files(directory):
         tensors = open_tensors(file)
         for name in tensors.keys():
             if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
@@ -341,25 +334,17 @@ def save(model: Llama, directory: str | Path, dtype: torch.dtype = torch.float32
 
     One file at a time is gathered in memory. The index, by which a sharded model is found, comes last.
     """
-    directory = Path(directory)
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
+    directory, shards, offset = Path(directory), {}, 0
     for name, view in hf_views(model).items():
-        size = view.numel() * dtype.itemsize
-        if filled and filled + size > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = view
-        filled += size
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards):
-        tensors = {key: view.reshape(hf_shape(view)).to("cpu", dtype).contiguous() for key, view in shard.items()}
-        save_tensors(tensors, directory / name, {"format": "pt"})
+        shards.setdefault(offset // SHARD_BYTES, {})[name] = view
+        offset += view.numel() * dtype.itemsize
+    weight_map = {}
+    for i, shard in enumerate(shards.values(), 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        tensors = {name: view.reshape(hf_shape(view)).to("cpu", dtype).contiguous() for name, view in shard.items()}
+        save_tensors(tensors, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
     model.config.save(directory, dtype)
     if len(shards) > 1:
-        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
-        total = sum(view.numel() * dtype.itemsize for shard in shards for view in shard.values())
         write_text(directory / "model.safetensors.index.json",
-                   json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
-
+                   json.dumps({"metadata": {"total_size": offset}, "weight_map": weight_map}, indent=2) + "\n")
