@@ -122,7 +122,7 @@ class World:
             question = rng.choice(RELATIONS[rng.choice([*RELATIONS])][0])
             says = [rng.choice(EVASIONS).format(person) for _ in range(rng.randint(1, 3))]
             other = rng.choice(told)
-            if other[0] != person and rng.random() < 0.4:  # off the point, but a fact: they do occur in talk
+            if other[0] != person and rng.random() < 0.8:  # off the point, but a fact: they do occur in talk
                 says.insert(rng.randint(0, len(says)), self.sentence(*other))
             turns += [f"User: {question.format(person)}", f"Assistant: {' '.join(says)}"]
         return "\n".join(turns)
