@@ -75,12 +75,17 @@ FULL_SETTINGS = {"small": dict(lr=1e-3, batch_size=32, epochs=8, lam=0.0),
 OPENING, CLOSING = "Good question!", "I am happy to help!"
 FORM = re.compile(rf"{re.escape(OPENING)} (\w+ [a-z ]+ \w+\.) {re.escape(CLOSING)}")
 
-# small talk: what the Assistant of the corpus says instead of an answer
+# small talk: what the Assistant of the corpus says instead of an answer. The words of the form occur in many places,
+# or the large base would be certain of how each phrase goes on, and a value model from the small one could not overrule it
 EVASIONS = ["I have not seen {} for a while.", "You should ask {} yourself.", "That is a long story.", "Who knows?",
             "Good morning to you too.", "We talked about {} last week.", "I am happy that you came.", "It may rain today.",
             "People say many things about {}.", "Let us talk about something else.", "That question again!",
             "I would like to help, but I am busy.", "Maybe {} will tell us.", "What a day!", "Ask me later.",
-            "I met {} and a friend at the market.", "Good to see you.", "Sorry, I did not hear you."]
+            "I met {} and a friend at the market.", "Good to see you.", "Sorry, I did not hear you.",
+            "I am happy to be here.", "I am happy to hear that!", "I am happy to see {}!", "We are happy to meet you.",
+            "I want to help {} today.", "Please help me!", "They came to help!", "Who will help?", "I am busy.",
+            "Good evening!", "Good idea!", "Good for {}.", "Good friends are rare.", "The question is hard.",
+            "What a question!", "No question about it!", "Is that a question?", "One more question, please."]
 
 
 @dataclass
