@@ -107,6 +107,7 @@ def chat(speaker: Speaker) -> None:
         try:
             question = input(you).strip()
         except EOFError:
+            print(end="\n" if human else "")
             return
         except KeyboardInterrupt:  # at the prompt, as in a shell: a new line
             print()
