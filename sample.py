@@ -55,16 +55,20 @@ class Speaker:
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids to answer. Of a chat that has outgrown the context, the oldest exchanges are left out."""
         ids = self.tokenizer.prompt(messages)
-        while len(ids) + self.args.max_new_tokens > self.context and len(messages) > 2:
+        while self.length(ids) + self.args.max_new_tokens > self.context and len(messages) > 2:
             system = messages[0]["role"] == "system"
             messages = messages[:system] + messages[system + 2:]
             ids = self.tokenizer.prompt(messages)
         return self.fitting(ids)
 
+    def length(self, ids: list[int]) -> int:
+        """The tokens of a text, in the vocabulary that needs more."""
+        return max(len(ids), len(self.mapping.read(ids)[0]) if self.mapping else 0)
+
     def fitting(self, ids: list[int]) -> list[int]:
         """Gives `ids` back. Raises InputError if no reply fits after them, or if a model has no such token."""
-        if len(ids) >= self.context:
-            raise InputError(f"the prompt has {len(ids)} tokens, but the context is {self.context}; shorten the prompt")
+        if self.length(ids) >= self.context:
+            raise InputError(f"the prompt has {self.length(ids)} tokens, but the context is {self.context}; shorten the prompt")
         if max(ids) >= self.vocabulary:
             raise InputError(f"the prompt has the token {self.tokenizer.tokens[max(ids)]!r}, which only one of the two "
                              "vocabularies has; leave it out")
