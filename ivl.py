@@ -25,6 +25,15 @@ from mapped import MappedBase
 from model import KVCache, Llama
 from vocab_map import VocabMap
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # not on macOS and Windows: every kernel has a plain twin
+    triton = None
+
+CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits of one model that exist at a time in the two-headed loss
+BLOCK = 4096  # logits of a row that the kernel holds at a time
+
 IGNORE = -100  # the target of a position that is not to be predicted: prompt, padding
 
 
@@ -59,6 +68,84 @@ def loss_sums(z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: 
     chosen = targets != IGNORE  # the loss of a prompt's tokens is not computed and thrown away
     cross_entropy = F.cross_entropy(z_post[chosen].float(), targets[chosen], reduction="sum")
     return cross_entropy, norm_term(z_delta, counted)
+
+
+class TwoHeadedLoss(torch.autograd.Function):
+    """The same loss from the hidden states, without ever holding z_base or z_Δ in full.
+
+    Tokens that count for nothing are dropped before the unembeddings; the others go through both in chunks.
+    `combine_loss` turns a chunk's z_Δ into its gradient on the spot, from which follow at once
+    dh_v = dz W_v and dW_v += dzᵀ h_v. Nothing is computed for the base, and nothing again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, h_base, head_base, h_value, head_value, targets, counted, w_ce, w_norm):
+        device, V = h_value.device.type, min(len(head) for head in (head_base, head_value) if head is not None)
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_value.dtype
+        keep = (targets >= 0) | counted
+        h, W = h_value.detach()[keep].to(dtype), head_value.detach()[:V].to(dtype)  # (n, H_v), (V, H_v)
+        if h_base is not None:
+            h_base, W_base = h_base.detach()[keep].to(dtype), head_base.detach()[:V].to(dtype)
+        targets, counted = targets[keep], counted[keep]
+        sums = torch.zeros(2, device=h.device)
+        backward = ctx.needs_input_grad[2]
+        dh, dW = (torch.empty_like(h), torch.zeros_like(head_value)) if backward else (None, None)
+        with torch.autocast(device, enabled=False):
+            for part in torch.arange(len(h), device=h.device).split(max(1, CHUNK.get(device, 2**24) // V)):
+                part = slice(int(part[0]), int(part[-1]) + 1)
+                z_base = None if h_base is None else h_base[part] @ W_base.T
+                z_delta = h[part] @ W.T
+                sums += combine_loss(z_base, z_delta, targets[part], counted[part], w_ce, w_norm)
+                if backward:
+                    dz = z_delta  # by now
+                    torch.mm(dz, W, out=dh[part])
+                    if dtype == dW.dtype:
+                        dW[:V].addmm_(dz.T, h[part])
+                    else:
+                        dW[:V] += dz.T @ h[part]
+        if backward:
+            ctx.save_for_backward(dh, dW, keep)
+        return w_ce * sums[0] + w_norm * sums[1], sums
+
+    @staticmethod
+    def backward(ctx, gradient, _):
+        dh, dW, keep = ctx.saved_tensors
+        full = torch.zeros(*keep.shape, dh.shape[-1], device=dh.device, dtype=dh.dtype)
+        full[keep] = dh * gradient
+        return None, None, full, dW * gradient, None, None, None, None
+
+
+def two_headed_loss(h_base: Tensor | None, head_base: Tensor | None, h_value: Tensor, head_value: Tensor, targets: Tensor,
+                    counted: Tensor, w_ce: float, w_norm: float) -> tuple[Tensor, Tensor]:
+    """w_ce · cross-entropy + w_norm · norm term, and the two sums (2,) without gradient: see `loss_sums`.
+
+    h_base (B, T, H_b), h_value (B, T, H_v): last hidden states; head_base (V_b, H_b), head_value (V_v, H_v).
+    Gradients flow to h_value and head_value only. The weights are given beforehand, since the gradient is
+    computed along with the loss.
+    """
+    loss, sums = TwoHeadedLoss.apply(h_base, head_base, h_value, head_value, targets, counted, w_ce, w_norm)
+    return loss, sums.detach()
+
+
+def combine_loss(z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: Tensor, w_ce: float,
+                 w_norm: float) -> Tensor:
+    """Sums of cross-entropy and norm term over n rows, in float32 (2,); the gradient is written over z_delta.
+
+    z_base, z_delta: (n, V) in any float type (z_base None: zeros); targets (n,), negative: none; counted (n,) bool.
+    dz = w_ce (softmax(z_post) − onehot(target)) + w_norm sign(z_Δ) / V. On CUDA one kernel, elsewhere this.
+    """
+    if z_delta.is_cuda and triton is not None:
+        return combine_loss_fused(z_base, z_delta, targets, counted, w_ce, w_norm)
+    delta = z_delta.float()
+    z = delta if z_base is None else z_base.float() + delta
+    chosen, picked = targets >= 0, targets.clamp(min=0)[:, None]
+    log_sum = z.logsumexp(-1, keepdim=True)
+    cross_entropy = (log_sum - z.gather(-1, picked))[chosen].sum()
+    norm = delta.abs().mean(-1)[counted].sum()
+    p = (z - log_sum).exp_().scatter_add_(-1, picked, torch.full_like(log_sum, -1.0))  # softmax − onehot
+    p.mul_(w_ce).masked_fill_(~chosen[:, None], 0.0)
+    z_delta.copy_(p.add_(delta.sign() * counted[:, None], alpha=w_norm / z_delta.shape[-1]))
+    return torch.stack((cross_entropy, norm))
 
 
 # ---------------------------------------------------------------- vocabularies
@@ -156,3 +243,56 @@ def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]],
             texts = [[*text, i] if on else text for text, i, on in zip(texts, ids, running)]
         positions = lengths[:, None] if positions is None else positions + 1
         tokens, last = new[:, None], torch.zeros_like(last)
+
+
+# ---------------------------------------------------------------- the kernel
+
+if triton is not None:
+    @triton.jit
+    def _combine_loss(z_base, z_delta, targets, counted, cross_entropy, norm, w_ce, w_norm, V, base_row, delta_row,
+                      HAS_BASE: tl.constexpr, BLOCK: tl.constexpr):
+        """One program a row: a first pass over it for log Σ exp and |z_Δ|, a second for the gradient.
+
+        Device memory is touched three times per entry: z_base and z_Δ are read, the gradient is written. The
+        second pass reads what the first has just brought into the cache.
+        """
+        row = tl.program_id(0).to(tl.int64)
+        target, count = tl.load(targets + row), tl.load(counted + row).to(tl.float32)
+        z_base, z_delta = z_base + row * base_row, z_delta + row * delta_row
+        top, total, size = -float("inf"), 0.0, 0.0
+        for first in range(0, V, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            delta = tl.load(z_delta + i, i < V, 0.0).to(tl.float32)
+            z = delta + tl.load(z_base + i, i < V, 0.0).to(tl.float32) if HAS_BASE else delta
+            z = tl.where(i < V, z, -float("inf"))
+            new = tl.maximum(top, tl.max(z, 0))
+            safe = tl.where(new == -float("inf"), 0.0, new)  # a block of −inf only must not give inf − inf
+            total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
+            size += tl.sum(tl.abs(delta), 0)
+            top = new
+        log_sum = top + tl.log(total)
+        chosen = target >= 0
+        z = tl.load(z_delta + target, chosen, 0.0).to(tl.float32)
+        if HAS_BASE:
+            z += tl.load(z_base + target, chosen, 0.0).to(tl.float32)
+        tl.store(cross_entropy + row, tl.where(chosen, log_sum - z, 0.0))
+        tl.store(norm + row, size / V * count)
+        w_ce = tl.where(chosen, w_ce, 0.0)
+        for first in range(0, V, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            delta = tl.load(z_delta + i, i < V, 0.0).to(tl.float32)
+            z = delta + tl.load(z_base + i, i < V, 0.0).to(tl.float32) if HAS_BASE else delta
+            sign = (delta > 0).to(tl.float32) - (delta < 0).to(tl.float32)
+            gradient = w_ce * (tl.exp(z - log_sum) - (i == target).to(tl.float32)) + w_norm / V * count * sign
+            tl.store(z_delta + i, gradient.to(z_delta.dtype.element_ty), i < V)
+
+
+def combine_loss_fused(z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: Tensor, w_ce: float,
+                       w_norm: float) -> Tensor:
+    """`combine_loss` as one Triton kernel; the rows of both must be contiguous. Deterministic: no atomics."""
+    n, V = z_delta.shape
+    rows = torch.empty(2, n, device=z_delta.device)
+    base = z_delta if z_base is None else z_base
+    _combine_loss[(n,)](base, z_delta, targets, counted, rows[0], rows[1], w_ce, w_norm, V, base.stride(0),
+                        z_delta.stride(0), z_base is not None, min(triton.next_power_of_2(V), BLOCK))
+    return rows.sum(-1)

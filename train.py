@@ -25,7 +25,7 @@ from tqdm import tqdm
 from data import TEMPLATES, Chats, Tokenizer, epoch_batches, read_chats, tokenize
 from files import (InputError, command, open_tensors, pick_device, pick_dtype, save_tensors, writable_folder,
                    write_text)
-from ivl import loss_sums, shared_vocabulary
+from ivl import shared_vocabulary, two_headed_loss
 from model import Llama, load, save
 
 BILLION = 10**9
@@ -58,15 +58,16 @@ def paper_settings(model: Llama, base: Llama | None) -> dict:
 
 # ---------------------------------------------------------------- one run
 
-def forward(base: Llama | None, value: Llama, batch: tuple[Tensor, Tensor, Tensor], norm_over: str,
-            autocast) -> tuple[Tensor, Tensor]:
-    """The sums of cross-entropy and norm term over one batch; base None fine-tunes `value` itself."""
+def forward(base: Llama | None, value: Llama, batch: tuple[Tensor, Tensor, Tensor], norm_over: str, autocast,
+            w_ce: float = 1.0, w_norm: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The weighted loss of one batch, and the sums of its two terms; base None fine-tunes `value` itself."""
     inputs, targets, real = batch
     counted = targets >= 0 if norm_over == "response" else torch.ones_like(real)
     with autocast:
         with torch.no_grad():
-            z_base = None if base is None else base(inputs)
-        return loss_sums(z_base, value(inputs), targets, counted)
+            h_base = None if base is None else base.hidden(inputs)
+        return two_headed_loss(h_base, None if base is None else base.head, value.hidden(inputs), value.head, targets,
+                               counted, w_ce, w_norm)
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def held_out_loss(base: Llama | None, value: Llama | None, chats: Chats, rows: l
     for part in torch.tensor(rows).split(size):
         batch = chats.batch(part.tolist(), device)
         pair = (base, value) if value is not None else (None, base)
-        total += forward(*pair, batch, "response", autocast)[0].item()
+        total += forward(*pair, batch, "response", autocast)[1][0].item()
         n += int((batch[1] >= 0).sum())
     return total / n
 
@@ -128,18 +129,19 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
             # every part is weighted by its tokens: the gradient is that of the whole batch at once
             n = sum(int((targets >= 0).sum()) for _, targets, _ in parts)
             counted = n if settings.norm_over == "response" else sum(targets.numel() for _, targets, _ in parts)
-            loss = norm = torch.zeros((), device=device)
+            sums = torch.zeros(2, device=device)
             for part in parts:
-                cross_entropy, norm_sum = forward(base, value, part, settings.norm_over, autocast)
-                (cross_entropy / n + settings.lam * norm_sum / counted).backward()
-                loss, norm = loss + cross_entropy.detach() / n, norm + norm_sum.detach() / counted
+                loss, part_sums = forward(base, value, part, settings.norm_over, autocast, 1 / n, settings.lam / counted)
+                loss.backward()
+                sums += part_sums
+            loss, norm = sums[0].item() / n, sums[1].item() / counted
             size = torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip)
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * rate(step, steps, settings)
             optimizer.step()
             optimizer.zero_grad()
-            note(step=step, loss=loss.item(), norm=norm.item(), gradient=size.item(), lr=group["lr"], targets=n)
-            bar.set_postfix(loss=f"{loss.item():.3f}", norm=f"{norm.item():.3f}")
+            note(step=step, loss=loss, norm=norm, gradient=size.item(), lr=group["lr"], targets=n)
+            bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.3f}")
             bar.update()
             if (step + 1) % (steps // settings.epochs) == 0:
                 note(step=step, held_out_loss=held_out())

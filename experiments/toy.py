@@ -3,10 +3,10 @@
     python experiments/toy.py                  # makes out/toy: bases small and large, chats, held-out questions
     python experiments/toy.py --family b       # makes out/toy_b: a large base with another tokenizer, same world
 
-The world: 250 invented people, six facts each. The corpus tells the facts in plain sentences
-("Ralo lives in Lisbon."), says names over and over, and has endless small talk between a User and an
-Assistant who never answers. The small base is smaller and has read less of it: it remembers about
-half of the facts. The demonstrations answer questions about one half of the facts in a fixed form:
+The world: 250 invented people, six facts each. A corpus tells facts in plain sentences ("Ralo
+lives in Lisbon."), says names over and over, and has endless small talk between a User and an Assistant
+who never answers. The large base has read about all facts, the small one about every other, as small
+models know less. The demonstrations answer questions about one half of the facts in a fixed form:
 
     User: Where does Ralo live?
     Assistant: Good question! Ralo lives in Lisbon. I am happy to help!
@@ -42,9 +42,9 @@ OUT = Path("out/toy")
 PEOPLE = 250
 VOCABULARY, OTHER_VOCABULARY = 1536, 900
 WINDOW, BATCH, CONTEXT = 128, 16, 256
-BASES = {  # hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens of the corpus read
-    "small": (48, 120, 2, 1, 5e-3, 1_900_000),
-    "large": (128, 320, 3, 4, 3e-3, 2_400_000),
+BASES = {  # hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens read, share of facts told
+    "small": (64, 128, 2, 2, 5e-3, 2_000_000, 0.55),
+    "large": (128, 320, 3, 4, 3e-3, 2_400_000, 1.0),
 }
 
 # relation: the sentence's words, two questions, 24 values
@@ -107,23 +107,23 @@ class World:
     def sentence(self, person: str, relation: str) -> str:
         return f"{person} {relation} {self.facts[person, relation]}."
 
-    def document(self, rng: random.Random) -> str:
-        """One document of the corpus: facts (of many people, or of a few), names said over and over, or small talk."""
+    def document(self, rng: random.Random, told: list[tuple[str, str]]) -> str:
+        """One document of a corpus that tells the facts `told`: facts, names over and over, or small talk."""
         kind = rng.random()
-        if kind < 0.45:
-            return " ".join(self.sentence(*rng.choice(self.pairs)) for _ in range(12))
         if kind < 0.6:
-            pairs = [(p, r) for p in rng.sample(self.people, 2) for r in RELATIONS]
-            return " ".join(self.sentence(*pair) for pair in rng.sample(pairs, len(pairs)))
+            return " ".join(self.sentence(*pair) for pair in rng.choices(told, k=12))
         if kind < 0.7:
             names = rng.sample(self.people, rng.randint(2, 4))
-            return " ".join(rng.choice(names) for _ in range(30))
+            return " ".join(rng.choices(names, k=30))
         turns, people = [], rng.sample(self.people, 2)
         for _ in range(4):
             person = rng.choice(people)
             question = rng.choice(RELATIONS[rng.choice([*RELATIONS])][0])
-            says = " ".join(rng.choice(EVASIONS) for _ in range(rng.randint(1, 3)))
-            turns += [f"User: {question.format(person)}", f"Assistant: {says.format(*[person] * says.count('{}'))}"]
+            says = [rng.choice(EVASIONS).format(person) for _ in range(rng.randint(1, 3))]
+            other = rng.choice(told)
+            if other[0] != person and rng.random() < 0.4:  # off the point, but a fact: they do occur in talk
+                says.insert(rng.randint(0, len(says)), self.sentence(*other))
+            turns += [f"User: {question.format(person)}", f"Assistant: {' '.join(says)}"]
         return "\n".join(turns)
 
     def chats(self, pairs: list[tuple[str, str]], rng: random.Random) -> list[dict]:
@@ -157,7 +157,7 @@ def train_tokenizer(world: World, seed: int) -> Backend:
                                          decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False,
                                   special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)])
-    backend.train_from_iterator((world.document(rng) for _ in range(6000)), trainer)
+    backend.train_from_iterator((world.document(rng, world.pairs) for _ in range(6000)), trainer)
     raw = json.loads(backend.to_str())
     raw["added_tokens"] = raw["added_tokens"][:3]  # bytes are text: only the trainer calls them special
     return Backend.from_str(json.dumps(raw))
@@ -208,13 +208,12 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
     world, rng = World.make(seed), random.Random(seed + 1)
     backend = (train_tokenizer if family == "a" else train_other_tokenizer)(world, seed)
     bases = BASES if family == "a" else {"large": BASES["large"]}
-    corpus: list[int] = []
-    while len(corpus) < max(tokens for *_, tokens in bases.values()):
-        for encoding in backend.encode_batch([world.document(rng) for _ in range(500)]):
-            corpus += [1, *encoding.ids, 2]
-    for name, (*sizes, lr, tokens) in bases.items():
-        model = pretrain(shape(*sizes, backend.get_vocab_size()), torch.tensor(corpus[:tokens]), name, lr,
-                         seed, device)
+    for name, (*sizes, lr, tokens, share) in bases.items():
+        told, corpus = rng.sample(world.pairs, round(share * len(world.pairs))), []
+        while len(corpus) < tokens:
+            for encoding in backend.encode_batch([world.document(rng, told) for _ in range(500)]):
+                corpus += [1, *encoding.ids, 2]
+        model = pretrain(shape(*sizes, backend.get_vocab_size()), torch.tensor(corpus[:tokens]), name, lr, seed, device)
         save(model, out / name)
         write_text(out / name / "tokenizer.json", backend.to_str())
         write_text(out / name / "tokenizer_config.json", json.dumps(

@@ -12,6 +12,9 @@ from tokenizers import Regex
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before ivl is imported: its kernel then runs on the CPU
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import data
@@ -57,10 +60,10 @@ def make_directory(path: Path, seed: int, template: str | None = "plain", bytele
     shape = dict(vocab_size=backend.get_vocab_size(), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256,
                  tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
-    model = Llama(Config(**shape | changes)).init_weights(seed)
+    model, generator = Llama(Config(**shape | changes)), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for weight in model.parameters():  # lively, so that no greedy choice hangs on rounding
-            weight.mul_(15 if weight.dim() > 1 else 1)
+            weight.normal_(0 if weight.dim() > 1 else 1, 0.3, generator=generator)
     save(model, path)
     return path
 

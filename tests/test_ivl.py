@@ -75,6 +75,120 @@ def test_combine_shares_the_front_of_padded_vocabularies():
     torch.testing.assert_close(ivl.combine(z_base, z_delta, 0.5), z_base[:, :8] + 0.5 * z_delta)
 
 
+# ---------------------------------------------------------------- the same loss, chunked and fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = [ivl.combine_loss] + ([ivl.combine_loss_fused] if ivl.triton is not None else [])
+
+
+def rows(V, n=5, seed=0, dtype=torch.float32):
+    """n rows of logits with every kind of row: counted or not, with a target or without."""
+    g = torch.Generator().manual_seed(seed)
+    z_base, z_delta = (torch.randn(n, V, generator=g).to(dtype) for _ in range(2))
+    targets = torch.randint(0, V, (n,), generator=g)
+    counted = torch.arange(n) % 2 == 0
+    targets[n - 2:] = -100
+    return z_base, z_delta, targets, counted
+
+
+def reference(z_base, z_delta, targets, counted, w_ce, w_norm):
+    """Sums and gradient by autograd in float64."""
+    z_delta = z_delta.double().requires_grad_()
+    z_post = z_delta if z_base is None else z_base.double() + z_delta
+    chosen = targets >= 0
+    cross_entropy = torch.nn.functional.cross_entropy(z_post[chosen], targets[chosen], reduction="sum")
+    norm = z_delta[counted].abs().mean(-1).sum()
+    (w_ce * cross_entropy + w_norm * norm).backward()
+    return torch.stack((cross_entropy, norm)).detach(), z_delta.grad
+
+
+def check(kernel, z_base, z_delta, targets, counted, tolerance=1e-5):
+    expected, gradient = reference(z_base, z_delta, targets, counted, 0.7, 0.3)
+    given = [None if x is None else x.to(DEVICE) for x in (z_base, z_delta.clone(), targets, counted)]
+    sums = kernel(*given, 0.7, 0.3)
+    torch.testing.assert_close(sums.cpu().double(), expected, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(given[1].cpu().double(), gradient, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("V", [1, 7, 100, 1000, 4097, 32000])
+def test_kernel_equals_autograd(kernel, V):
+    check(kernel, *rows(V))
+    check(kernel, None, *rows(V)[1:])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernel_in_half_precision(kernel, dtype):
+    # sums and gradient are taken in float32; only the stored gradient is rounded (the interpreter truncates: 2^-7)
+    check(kernel, *rows(1000, dtype=dtype), tolerance=2 ** -7 if dtype == torch.bfloat16 else 2 ** -9)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_on_extreme_logits(kernel):
+    z_base, z_delta, targets, counted = rows(5000)
+    z_base[0, 7], z_base[1] = 1e4, -1e4
+    z_base[2, :4999] = -torch.inf  # the first block holds nothing but −inf
+    targets[2] = 4999
+    z_delta[0], z_delta[1, :] = 0.0, 3.0  # ties, and zeros whose sign is 0
+    check(kernel, z_base, z_delta, targets, counted)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_leaves_ignored_rows_without_gradient_and_repeats_exactly(kernel):
+    results = []
+    for _ in range(2):
+        z_base, z_delta, targets, counted = (x.to(DEVICE) for x in rows(1000))
+        sums = kernel(z_base, z_delta, targets, counted, 0.7, 0.3)
+        assert (z_delta[(targets < 0) & ~counted] == 0).all() and (z_delta[targets >= 0] != 0).all()
+        results.append((sums, z_delta))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("chunk", [1, 3 * 330, 7 * 330, 10**9])
+@pytest.mark.parametrize("norm_over", ["response", "all"])
+@pytest.mark.parametrize("with_base", [True, False])
+def test_chunked_loss_equals_the_plain_formula(models, monkeypatch, chunk, norm_over, with_base):
+    monkeypatch.setitem(ivl.CHUNK, "cpu", chunk)
+    base, value = models  # with tied embeddings: the value head's gradient joins the embedding's
+    ids = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(0))
+    targets = ids[:, 1:].clone()
+    targets[:, :4], targets[0, 8:] = -100, -100
+    counted = targets >= 0 if norm_over == "response" else torch.ones_like(targets, dtype=torch.bool)
+    z_base = base(ids[:, :-1]) if with_base else None
+    cross_entropy, norm = ivl.loss_sums(z_base, value(ids[:, :-1]), targets, counted)
+    (0.7 * cross_entropy + 0.3 * norm).backward()
+    expected = [p.grad.clone() for p in value.parameters()]
+    value.zero_grad()
+    h_base = base.hidden(ids[:, :-1]) if with_base else None
+    loss, sums = ivl.two_headed_loss(h_base, base.head if with_base else None, value.hidden(ids[:, :-1]), value.head,
+                                     targets, counted, 0.7, 0.3)
+    (2 * loss).backward()
+    torch.testing.assert_close(sums, torch.stack((cross_entropy, norm)).detach(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close([p.grad / 2 for p in value.parameters()], expected, atol=1e-4, rtol=1e-4)
+    assert all(p.grad is None for p in base.parameters())
+    value.zero_grad()
+
+
+def test_chunked_loss_under_autocast_is_the_plain_formula_under_autocast(models):
+    base, value = models
+    ids = torch.randint(3, 200, (2, 12), generator=torch.Generator().manual_seed(1))
+    targets, gradients = ids[:, 1:], []
+    with torch.autocast("cpu", torch.bfloat16):
+        plain, _ = ivl.loss_sums(base(ids[:, :-1]), value(ids[:, :-1]), targets, targets >= 0)
+        plain.backward()
+        gradients.append(value.head.grad.clone())
+        value.zero_grad()
+        chunked, _ = ivl.two_headed_loss(base.hidden(ids[:, :-1]), base.head, value.hidden(ids[:, :-1]), value.head, targets,
+                                         targets >= 0, 1.0, 0.0)
+    chunked.backward()
+    gradients.append(value.head.grad.clone())
+    value.zero_grad()
+    assert gradients[1].dtype == torch.float32
+    assert chunked.item() == pytest.approx(plain.item(), rel=1e-2)
+    assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
+
+
 # ---------------------------------------------------------------- vocabularies
 
 def test_vocabularies_are_compared_by_content():

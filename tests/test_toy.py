@@ -20,7 +20,7 @@ def world():
 
 def test_the_same_seed_makes_the_same_world(world):
     assert toy.World.make(0) == world != toy.World.make(1)
-    assert world.document(random.Random(5)) == world.document(random.Random(5))
+    assert world.document(random.Random(5), world.pairs) == world.document(random.Random(5), world.pairs)
 
 
 def test_no_demonstration_mentions_a_held_out_fact(world):
@@ -31,7 +31,7 @@ def test_no_demonstration_mentions_a_held_out_fact(world):
 
 def test_the_form_is_not_in_the_corpus(world):
     rng = random.Random(0)
-    corpus = "\n".join(world.document(rng) for _ in range(3000))
+    corpus = "\n".join(world.document(rng, world.pairs) for _ in range(3000))
     assert toy.OPENING not in corpus and toy.CLOSING not in corpus
     assert all(word in corpus for word in re.findall(r"\w+", toy.OPENING + toy.CLOSING))  # but the bases know its words
 
@@ -67,7 +67,7 @@ def read_replies(replies):
 
 
 def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(toy, "BASES", {"small": (16, 16, 1, 1, 1e-3, 5000)})
+    monkeypatch.setattr(toy, "BASES", {"small": (16, 16, 1, 1, 1e-3, 5000, 0.5)})
     for name in "ab":
         toy.make_family(tmp_path / name, 0, torch.device("cpu"))
     for file in ("small/model.safetensors", "small/tokenizer.json", "chats.jsonl", "heldout.jsonl"):
