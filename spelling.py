@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from itertools import accumulate
+
+import numpy as np
 
 from data import Tokenizer
 from files import InputError
@@ -51,6 +52,8 @@ class Spelling:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.bytes = token_bytes(tokenizer)
+        self.pieces = [data or b"" for data in self.bytes]
+        self.lengths = np.array([len(data) for data in self.pieces])
         spelt = [(data, i) for i, data in enumerate(self.bytes) if data]
         fallback = re.compile("<0x..>")  # of two tokens with the same bytes, 'A' and <0x41>, the text's own is the first
         self.index = {data: i for data, i in sorted(
@@ -60,7 +63,7 @@ class Spelling:
         self.space = b" " if self.join(tokenizer.backend.encode("a", add_special_tokens=False).ids) == b" a" else b""
 
     def join(self, ids: Sequence[int]) -> bytes:
-        return b"".join([self.bytes[i] or b"" for i in ids])
+        return b"".join(map(self.pieces.__getitem__, ids))
 
     def first(self, data: bytes) -> int | None:
         """The longest token that `data` begins with; None if there is none."""
@@ -90,7 +93,7 @@ class Spelling:
             valid = text[:error.start].decode()
         data = self.space + text
         ids = self.tokenizer.backend.encode(valid, add_special_tokens=False).ids
-        ends = list(accumulate(len(self.bytes[i] or b"") for i in ids))
+        ends = self.lengths[ids].cumsum().tolist()
         if self.join(ids) == data:
             return ids, ends
         kept = end = 0

@@ -74,11 +74,27 @@ def warp(base: Sequence[bytes], value: Sequence[bytes]) -> list[tuple[int, int]]
     return path[::-1]
 
 
+def spell(base: Spelling, value: Spelling, text: str) -> tuple[list[int], np.ndarray, list[int], np.ndarray]:
+    """A text in both vocabularies: base ids, the byte at which each begins, value ids, their bytes.
+
+    Where only one tokenizer puts a space in front of a text, the base's first token is taken as if both did what the
+    value's does: 'The' and ' The' at the front of a text are one and the same, anywhere else they are not.
+    """
+    sides = []
+    for side in (base, value):
+        ids, ends = side.spell(text.encode())
+        sides += [ids, np.maximum(np.array([0, *ends[:-1]]) - len(side.space), 0)]
+    if base.space != value.space and sides[0]:
+        first = value.space + base.bytes[sides[0][0]].removeprefix(base.space)
+        sides[0][0] = base.index.get(first, sides[0][0])
+    return tuple(sides)
+
+
 def count_warped(base: Spelling, value: Spelling, texts: Sequence[str]) -> dict[tuple[int, int], float]:
     """C of Algorithm 1: how often DTW pairs base token b with value token v. Markers are removed from the tokens."""
     counts: Counter = Counter()
     for text in tqdm(texts, desc="warping", unit=" texts", leave=False, disable=None):
-        b, v = (side.spell(text.encode())[0] for side in (base, value))
+        b, _, v, _ = spell(base, value, text)
         counts.update((b[i], v[j]) for i, j in warp(*([side.bytes[i].strip(b" ") for i in ids]
                                                       for side, ids in ((base, b), (value, v)))))
     return counts
@@ -107,13 +123,9 @@ def count_aligned(base: Spelling, value: Spelling, texts: Sequence[str]) -> dict
     """How often value token v begins at the byte where base token b begins."""
     keys = [np.empty(0, np.int64)]
     for text in tqdm(texts, desc="aligning", unit=" texts", leave=False, disable=None):
-        ids, starts = [], []
-        for side in (base, value):
-            i, ends = side.spell(text.encode())
-            ids.append(np.array(i, np.int64))
-            starts.append(np.maximum(np.array([0, *ends], np.int64)[:-1] - len(side.space), 0))
-        _, b, v = np.intersect1d(*starts, return_indices=True)
-        keys.append(ids[0][b] * len(value.bytes) + ids[1][v])
+        b, b_starts, v, v_starts = spell(base, value, text)
+        _, i, j = np.intersect1d(b_starts, v_starts, return_indices=True)
+        keys.append(np.array(b, np.int64)[i] * len(value.bytes) + np.array(v, np.int64)[j])
     pairs, n = np.unique(np.concatenate(keys), return_counts=True)
     return dict(zip(zip((pairs // len(value.bytes)).tolist(), (pairs % len(value.bytes)).tolist()), n.tolist()))
 
@@ -300,7 +312,7 @@ def overlap(mapping: VocabMap, texts: Sequence[str]) -> tuple[float, float, list
         best[b] = max(best.get(b, (-1.0, 0)), (p, v))
     ratios, limits, misses = [], [], Counter()
     for text in texts:
-        ids, (golden, _) = mapping.base.spell(text.encode())[0], mapping.value.spell(text.encode())
+        ids, _, golden, _ = spell(mapping.base, mapping.value, text)
         if golden:
             left, hit = Counter(golden), 0
             for b in ids:
@@ -310,7 +322,7 @@ def overlap(mapping: VocabMap, texts: Sequence[str]) -> tuple[float, float, list
                 left[v] -= 1
             ratios.append(hit / len(golden))
             limits.append(min(1.0, len(ids) / len(golden)))
-    return sum(ratios) / len(ratios), sum(limits) / len(limits), misses.most_common(10)
+    return sum(ratios) / len(ratios), sum(limits) / len(limits), [(b, n) for b, n in misses.most_common(10) if n]
 
 
 def main() -> None:
