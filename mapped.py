@@ -45,7 +45,13 @@ class MappedBase:
         self.heads: list[dict[int, tuple[float, Tensor]]] = [{} for _ in range(rows)]
 
     def next(self, texts: Sequence[Sequence[int]]) -> Tensor:
-        """The mapped z_base after each text of value ids, (B, V_value). A text goes on from what it was last time."""
+        """The mapped z_base after each text of value ids, (B, V_value). A text may grow by one id from call to call."""
+        if self.step_back and not any(self.ids):  # the heads that growing id by id would have left behind
+            for back in range(max(map(self.mapping.reach, texts)), 0, -1):
+                self._read([text[:max(0, len(text) - back)] for text in texts])
+        return self._read(texts)
+
+    def _read(self, texts: Sequence[Sequence[int]]) -> Tensor:
         read = [self.mapping.read(text, self.canonical) for text in texts]
         # the last id that stayed is fed again: the first new id's probability comes from it
         starts = [max(0, len(commonprefix([old, ids])) - 1) for old, (ids, _, _) in zip(self.ids, read)]
@@ -82,8 +88,8 @@ class MappedBase:
             sums.append(sums[-1] + logp[k - 1 - first, ids[k]].item())
         last = {len(text): (sums[-1], logp[-1])}
         if self.step_back:
-            heads = self.heads[i] | {end: (sums[k], logp[k - first]) for k, end in enumerate(ends) if k >= first <= end}
-            heads = {end: head for end, head in heads.items() if len(self.mapping.rows(text[end:], self.device)[0])}
+            heads = self.heads[i] | {end: (sums[k], logp[k - first]) for k, end in enumerate(ends) if k >= first and end >= 0}
+            heads = {end: head for end, head in heads.items() if self.mapping.reaches(text[end:])}
         else:
             heads = last
         self.heads[i], self.sums[i] = heads, sums

@@ -223,6 +223,24 @@ class VocabMap:
             raise InputError(f"{path}: its tensors are no sparse matrix between these vocabularies; make it again")
         return cls(base, value, made["method"], b, v, p)
 
+    def _range(self, pending: bytes) -> tuple[int, int]:
+        """Where the base tokens stand, in the sorted list, that begin with `pending` and go further."""
+        return (bisect_left(self.sorted, (pending, len(self.base.bytes))),  # behind the token that is `pending` itself
+                bisect_left(self.sorted, (pending + b"\xff" * self.base.longest, 0)))
+
+    def reaches(self, pending: bytes) -> bool:
+        """Whether one base token can begin with these bytes and go further."""
+        low, high = self._range(pending)
+        return low < high
+
+    def reach(self, ids: Sequence[int]) -> int:
+        """How many of the last value ids may lie inside one base token that goes further than they do."""
+        text = self.read(ids)[2]
+        open_bytes = max((n for n in range(min(len(text), self.base.longest) + 1) if self.reaches(text[len(text) - n:])),
+                         default=0)
+        lengths = list(accumulate(len(self.value.bytes[i] or b"") for i in reversed(ids)))
+        return sum(length <= open_bytes for length in lengths)
+
     def _rows(self, pending: bytes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """W where the text goes on `pending` bytes past a boundary of the base: (base ids, value ids, p).
 
@@ -231,8 +249,7 @@ class VocabMap:
         """
         if not pending:
             return self.base_ids.to(device), self.value_ids.to(device), self.p.to(device)
-        low = bisect_left(self.sorted, (pending, len(self.base.bytes)))  # behind the token that is `pending` itself
-        high = bisect_left(self.sorted, (pending + b"\xff" * self.base.longest, 0))
+        low, high = self._range(pending)
         b, v, p = [], [], []
         for data, i in self.sorted[low:high]:
             rest = data[len(pending):]
