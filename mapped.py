@@ -72,7 +72,7 @@ class MappedBase:
         """Whether one of the texts fills the base's context."""
         return max(map(len, self.ids)) >= self.model.config.max_position_embeddings
 
-    def _row(self, i: int, start: int, ids: list[int], ends: list[int], text: bytes, h: Tensor) -> Tensor:
+    def _row(self, i: int, start: int, ids: list[int], ends: list[int], text: bytes | None, h: Tensor) -> Tensor:
         """One row of `next`; h: the hidden states from position `start` on."""
         first = max(start, len(ids) - self.TAIL)
         z = F.linear(h[first - start:len(ids) - start], self.model.head).float()[:, :len(self.mapping.base.bytes)]
@@ -86,17 +86,20 @@ class MappedBase:
         sums = self.sums[i][:first + 1]
         for k in range(first + 1, len(ids)):
             sums.append(sums[-1] + logp[k - 1 - first, ids[k]].item())
-        last = {len(text): (sums[-1], logp[-1])}
+        def pending(end: int) -> bytes | None:
+            return text if text is None else text[end:]
+
+        last = {len(text or b""): (sums[-1], logp[-1])}
         if self.step_back:
             heads = self.heads[i] | {end: (sums[k], logp[k - first]) for k, end in enumerate(ends) if k >= first and end >= 0}
-            heads = {end: head for end, head in heads.items() if self.mapping.reaches(text[end:])}
+            heads = {end: head for end, head in heads.items() if self.mapping.reaches(pending(end))}
         else:
             heads = last
         self.heads[i], self.sums[i] = heads, sums
         heads = heads or last  # bytes that no base token can spell are passed over
         likeliest = max(logp_head for logp_head, _ in heads.values())
         for end, (logp_head, logp) in heads.items():
-            b, v, w = self.mapping.rows(text[end:], self.device)
+            b, v, w = self.mapping.rows(pending(end), self.device)
             out.index_add_(0, v, logp[b].exp() * w, alpha=math.exp(logp_head - likeliest))
         return torch.log((1 - self.FLOOR) * out / out.sum() + self.FLOOR / self.columns)
 

@@ -111,6 +111,22 @@ class Spelling:
         return ids, ends
 
 
+def spell(base: Spelling, value: Spelling, text: str) -> tuple[list[int], np.ndarray, list[int], np.ndarray]:
+    """A text in both vocabularies: base ids, the byte at which each begins, value ids, their bytes.
+
+    Where only one tokenizer puts a space in front of a text, the base's first token is taken as if both did what the
+    value's does: 'The' and ' The' at the front of a text are one and the same, anywhere else they are not.
+    """
+    sides = []
+    for side in (base, value):
+        ids, ends = side.spell(text.encode())
+        sides += [ids, np.maximum(np.array([0, *ends[:-1]]) - len(side.space), 0)]
+    if base.space != value.space and sides[0]:
+        first = value.space + base.bytes[sides[0][0]].removeprefix(base.space)
+        sides[0][0] = base.index.get(first, sides[0][0])
+    return tuple(sides)
+
+
 def fingerprint(tokenizer: Tokenizer) -> str:
     """Equal for tokenizers whose ids mean the same."""
     return hashlib.sha256(repr((tokenizer.tokens, tokenizer.bos, tokenizer.eos)).encode()).hexdigest()[:32]

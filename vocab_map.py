@@ -19,11 +19,12 @@ Tokens are the bytes that they stand for, never strings: `▁the`, `Ġthe` and t
 import argparse
 import functools
 import json
-import re
+import math
+import operator
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -33,11 +34,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Tokenizer
-from files import InputError, command, open_tensors, peak_memory, read_json, read_text, save_tensors, write_text
-from spelling import Spelling, fingerprint
+from files import InputError, command, open_tensors, peak_memory, read_texts, save_tensors, write_text
+from spelling import Spelling, fingerprint, spell
 
 FORMAT = "ivl vocabulary map 1"
-PIECE = 2000  # characters: longer texts are cut, because warping takes time in proportion to the square
 SEEN, UNSEEN = 1.0, 0.01  # counts that a token's own bytes add: to a base token's row, to a value token's column
 
 
@@ -74,22 +74,6 @@ def warp(base: Sequence[bytes], value: Sequence[bytes]) -> list[tuple[int, int]]
     return path[::-1]
 
 
-def spell(base: Spelling, value: Spelling, text: str) -> tuple[list[int], np.ndarray, list[int], np.ndarray]:
-    """A text in both vocabularies: base ids, the byte at which each begins, value ids, their bytes.
-
-    Where only one tokenizer puts a space in front of a text, the base's first token is taken as if both did what the
-    value's does: 'The' and ' The' at the front of a text are one and the same, anywhere else they are not.
-    """
-    sides = []
-    for side in (base, value):
-        ids, ends = side.spell(text.encode())
-        sides += [ids, np.maximum(np.array([0, *ends[:-1]]) - len(side.space), 0)]
-    if base.space != value.space and sides[0]:
-        first = value.space + base.bytes[sides[0][0]].removeprefix(base.space)
-        sides[0][0] = base.index.get(first, sides[0][0])
-    return tuple(sides)
-
-
 def count_warped(base: Spelling, value: Spelling, texts: Sequence[str]) -> dict[tuple[int, int], float]:
     """C of Algorithm 1: how often DTW pairs base token b with value token v. Markers are removed from the tokens."""
     counts: Counter = Counter()
@@ -112,8 +96,8 @@ def paper_rows(counts: dict[tuple[int, int], float], columns: int) -> dict[tuple
     for (_, v), x in centred.items():
         largest[v] = max(largest[v], x)
     best: dict[int, tuple[float, int]] = {}
-    for (b, v), x in centred.items():
-        best[b] = max(best.get(b, (-1.0, 0)), (x / largest[v], v))
+    for (b, v), x in centred.items():  # in a column without a count above the mean there is nothing to divide by
+        best[b] = max(best.get(b, (-math.inf, 0)), (x / (largest[v] or 1.0), v))
     return {(b, v): x for b, (x, v) in best.items()}
 
 
@@ -228,31 +212,33 @@ class VocabMap:
         return (bisect_left(self.sorted, (pending, len(self.base.bytes))),  # behind the token that is `pending` itself
                 bisect_left(self.sorted, (pending + b"\xff" * self.base.longest, 0)))
 
-    def reaches(self, pending: bytes) -> bool:
+    def reaches(self, pending: bytes | None) -> bool:
         """Whether one base token can begin with these bytes and go further."""
-        low, high = self._range(pending)
-        return low < high
+        return pending is None or operator.lt(*self._range(pending))
 
     def reach(self, ids: Sequence[int]) -> int:
         """How many of the last value ids may lie inside one base token that goes further than they do."""
-        text = self.read(ids)[2]
+        text = self.read(ids)[2] or b""
         open_bytes = max((n for n in range(min(len(text), self.base.longest) + 1) if self.reaches(text[len(text) - n:])),
                          default=0)
         lengths = list(accumulate(len(self.value.bytes[i] or b"") for i in reversed(ids)))
         return sum(length <= open_bytes for length in lengths)
 
-    def _rows(self, pending: bytes, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _rows(self, pending: bytes | None, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """W where the text goes on `pending` bytes past a boundary of the base: (base ids, value ids, p).
 
         Only base tokens that begin with those bytes and go further count, and they count by their remainder: by the
         row of the base token with these bytes, else by the longest value token at its front. Empty if there are none.
+        None is the front of a text where only the value's tokenizer puts a space: base tokens count as if they had it.
         """
-        if not pending:
+        if pending == b"":
             return self.base_ids.to(device), self.value_ids.to(device), self.p.to(device)
-        low, high = self._range(pending)
+        if pending is None:
+            rests = [(i, self.value.space + data) for data, i in self.sorted]
+        else:
+            rests = [(i, data[len(pending):]) for data, i in self.sorted[slice(*self._range(pending))]]
         b, v, p = [], [], []
-        for data, i in self.sorted[low:high]:
-            rest = data[len(pending):]
+        for i, rest in rests:
             if (same := self.base.index.get(rest)) is not None:
                 row = slice(self.first[same], self.first[same + 1])
                 v += self.value_ids[row].tolist()
@@ -264,11 +250,11 @@ class VocabMap:
         b, v = (torch.tensor(ids, dtype=torch.long, device=device) for ids in (b, v))
         return b, v, torch.tensor(p, device=device)
 
-    def read(self, ids: Sequence[int], canonical: bool = True) -> tuple[list[int], list[int], bytes]:
+    def read(self, ids: Sequence[int], canonical: bool = True) -> tuple[list[int], list[int], bytes | None]:
         """What value ids say, in the base's ids: (ids, ends, text).
 
-        text: the bytes since the last special token, as the base spells them; ends: where each id ends there, -1 for
-        those before. canonical: the tokenization that the base is used to; else that of each value token by itself.
+        text: the bytes since the last special token, as the base spells them, None at a front as in `rows`;
+        ends: where each id ends there, -1 for those before. canonical: the tokenization that the base is used to; else that of each value token by itself.
         """
         base, value = self.base.tokenizer, self.value.tokenizer
         swap = {value.bos: base.bos} | dict.fromkeys(value.stop, base.eos)
@@ -279,7 +265,7 @@ class VocabMap:
             ends, segment = [-1] * (len(out) - 1) + [0], ids[start:stop]
             stream = self.value.join(segment)
             text = stream.removeprefix(self.value.space)
-            data = self.base.space + text if stream or not self.value.space else b""
+            data = self.base.space + text if stream or not self.value.space else b"" if self.base.space else None
             if canonical:
                 new, places = self.base.spell(text) if stream else ([], [])
             else:
@@ -292,31 +278,6 @@ class VocabMap:
 
 
 # ---------------------------------------------------------------- report
-
-def read_texts(path: str | Path) -> list[str]:
-    """The texts of a file, in pieces of at most PIECE characters: every string of more than 20 characters of a .json or
-    .jsonl file (shorter ones are roles and names), else the paragraphs. Raises InputError."""
-    def strings(x) -> Iterator[str]:
-        if isinstance(x, str):
-            yield x
-        elif isinstance(x, (list, dict)):
-            for y in (x.values() if isinstance(x, dict) else x):
-                yield from strings(y)
-
-    if str(path).endswith(".json"):
-        texts = [text for text in strings(read_json(path)) if len(text) > 20]
-    elif str(path).endswith(".jsonl"):
-        try:
-            records = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: a line is not valid JSON ({error.msg})") from None
-        texts = [text for text in strings(records) if len(text) > 20]
-    else:
-        texts = [text for text in re.split(r"\n\s*\n", read_text(path)) if text.strip()]
-    if not texts:
-        raise InputError(f"{path}: holds no text")
-    return [text[i:i + PIECE] for text in texts for i in range(0, len(text), PIECE)]
-
 
 def overlap(mapping: VocabMap, texts: Sequence[str]) -> tuple[float, float, list[tuple[int, int]]]:
     """Appendix B's overlap ratio, the highest that is possible, and the base tokens that miss most often: (id, misses).

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import vocab_map
 from data import Tokenizer
-from files import command, write_text
+from files import command, read_texts, write_text
 from spelling import Spelling
 
 
@@ -32,7 +32,7 @@ def bench_vocab_map(args: argparse.Namespace) -> list[dict]:
     The peer sees the first texts only, as many as --peer_texts; both work on one core.
     """
     sides = [Spelling(Tokenizer(directory)) for directory in (args.base, args.value)]
-    texts = vocab_map.read_texts(args.text)
+    texts = read_texts(args.text)
     few = texts[:args.peer_texts]
     same, ours, peer = (seconds(lambda: count(*sides, some)) for count, some in (
         (vocab_map.count_aligned, few), (vocab_map.count_aligned, texts), (vocab_map.count_warped, few)))

@@ -11,7 +11,7 @@ import mapped
 import vocab_map
 from conftest import TEXT, assert_refused, make_directory
 from data import TextStream, Tokenizer
-from files import InputError, save_tensors
+from files import InputError, open_tensors, read_texts, save_tensors
 from mapped import MappedBase
 from model import load
 from spelling import Spelling
@@ -253,7 +253,7 @@ def test_a_map_for_other_tokenizers_is_refused(mapping, tokenizers, tmp_path):
 def test_a_corrupt_map_is_refused(mapping, tokenizers, tmp_path, damage):
     path = tmp_path / "map.safetensors"
     mapping.save(path)
-    metadata = vocab_map.open_tensors(path).metadata()
+    metadata = open_tensors(path).metadata()
     tensors = dict(base_ids=torch.tensor([5]), value_ids=torch.tensor([5]), p=torch.tensor([1.0])) | damage
     save_tensors({name: x for name, x in tensors.items() if x is not None}, path, metadata)
     with pytest.raises(InputError, match="no sparse matrix"):
@@ -299,14 +299,14 @@ def test_the_papers_method_decodes_too(tokenizers, base_dir, other_dir, tmp_path
 def test_files_without_text_are_refused(tmp_path, name, content, word):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=word):
-        vocab_map.read_texts(tmp_path / name)
+        read_texts(tmp_path / name)
 
 
 # ---------------------------------------------------------------- real data
 
 def test_overlap_of_llama_2_and_llama_3(realdata):
     llamas = [Tokenizer(realdata / "tokenizers" / name) for name in ("llama-2", "llama-3")]
-    texts = [text for path in ("chats/lima.json", "text/tinystories.txt") for text in vocab_map.read_texts(realdata / path)[::3]]
+    texts = [text for path in ("chats/lima.json", "text/tinystories.txt") for text in read_texts(realdata / path)[::3]]
     for pair in (llamas, llamas[::-1]):
         made = VocabMap.make(*pair, [text for i, text in enumerate(texts) if i % 10])
         ratio, limit, _ = vocab_map.overlap(made, texts[::10])
@@ -318,7 +318,7 @@ def test_overlap_of_llama_2_and_llama_3(realdata):
 
 def test_knowledge_survives_the_map(realdata):
     words, letters = (realdata / "models" / name for name in ("stories260K", "babyllama-tok105"))
-    texts = [text for text in vocab_map.read_texts(realdata / "text" / "tinystories.txt") if "\n" not in text]
+    texts = [text for text in read_texts(realdata / "text" / "tinystories.txt") if "\n" not in text]
     made = VocabMap.make(Tokenizer(words), Tokenizer(letters), [text for i, text in enumerate(texts) if i % 10])
     base, few = load(words), [text[:200] for text in texts[::300]]
     kept = mapped.retention(base, made, few)
