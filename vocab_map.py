@@ -197,7 +197,7 @@ class VocabMap:
                 raise InputError(f"{path}: was made for another {side} tokenizer than {tokenizer.path}; make a map for "
                                  "these two with vocab_map.py")
         try:
-            b, v, p = (file.get_tensor(name) for name in ("base_ids", "value_ids", "p"))
+            b, v, p = map(file.get_tensor, ("base_ids", "value_ids", "p"))
             sound = (b.shape == v.shape == p.shape and len(p) and b.dtype == v.dtype == torch.long
                      and bool((b.diff() >= 0).all()) and 0 <= b[0] and b[-1] < len(base.tokens)
                      and 0 <= v.min() and v.max() < len(value.tokens) and bool(p.isfinite().all() and (p >= 0).all()))
@@ -323,7 +323,7 @@ def main() -> None:
         held = texts[::10]
         texts = [text for i, text in enumerate(texts) if i % 10]
     if not texts:
-        raise InputError(f"{args.text[0]}: one text alone cannot be held out and counted; give more, or --heldout")
+        raise InputError(f"{args.text[0]}: one text cannot be both counted and held out; give more, or --heldout")
     start = time.perf_counter()
     mapping = VocabMap.make(base, value, texts, args.method)
     seconds = time.perf_counter() - start
