@@ -156,7 +156,6 @@ class VocabMap:
 
     method: "bytes" or "paper". base_ids, value_ids, p: the nonzeros of W, (nnz,) each, by rows.
     """
-
     def __init__(self, base: Tokenizer, value: Tokenizer, method: str, base_ids: Tensor, value_ids: Tensor, p: Tensor):
         self.base, self.value, self.method = Spelling(base), Spelling(value), method
         self.base_ids, self.value_ids, self.p = base_ids, value_ids, p
@@ -330,7 +329,7 @@ def main() -> None:
     if args.out:
         mapping.save(args.out)
     ratio, limit, worst = overlap(mapping, held)
-    used = [sum(token is not None for token in side.tokens) for side in (base, value)]
+    used = [len(side.tokens) - side.tokens.count(None) for side in (base, value)]
     report = {"method": args.method, "coverage_base": len(set(mapping.base_ids.tolist())) / used[0],
               "coverage_value": len(set(mapping.value_ids.tolist())) / used[1], "overlap": ratio, "overlap_limit": limit,
               "nonzeros": len(mapping.p), "texts_per_second": len(texts) / seconds, "seconds": seconds,

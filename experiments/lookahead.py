@@ -68,7 +68,7 @@ def main() -> None:
     model = load(args.base)
     bos = base.tokenizer.encode("")
     with torch.inference_mode():
-        for depth in range(1, 5):
+        for depth in range(1, 4):
             rows, own, mapped = count_strings(base, value, texts, depth), 0.0, 0.0
             for text in held:
                 b, b_starts, v, v_starts = spell(base, value, text)

@@ -55,15 +55,16 @@ def test_warp_by_hand():
     # hap     3.0    0.2    →        hap     3.0     0.2
     # py      2.0    0.3             py      5.0     0.5    so `happy` is paired with both of its pieces
     assert vocab_map.warp([b"un", b"hap", b"py"], [b"un", b"happy"]) == [(0, 0), (1, 1), (2, 1)]
+    assert vocab_map.warp([b"ab", b"c"], [b"a", b"b", b"c"]) == [(0, 0), (0, 1), (1, 2)]  # 0.1 + 0.1 + 0
 
 
 def test_the_released_normalisation_by_hand():
     # V = 4.  counts      minus the row's mean      over the column's largest     each row's largest
     #   b0: 6  2 0 0      4   0  (mean 2)             4/4    0                    v0: 1
-    #   b1: 3  1 0 0      2   0  (mean 1)             2/4    0                    v0: 0.5
+    #   b1: 5  3 0 0      3   1  (mean 2)             3/4   1/3                   v0: 0.75
     #   b2: 0  4 0 0          3  (mean 1)                   3/3                   v1: 1
-    counts = {(0, 0): 6, (0, 1): 2, (1, 0): 3, (1, 1): 1, (2, 1): 4}
-    assert vocab_map.paper_rows(counts, 4) == {(0, 0): 1.0, (1, 0): 0.5, (2, 1): 1.0}
+    counts = {(0, 0): 6, (0, 1): 2, (1, 0): 5, (1, 1): 3, (2, 1): 4}
+    assert vocab_map.paper_rows(counts, 4) == {(0, 0): 1.0, (1, 0): 0.75, (2, 1): 1.0}
 
 
 # ---------------------------------------------------------------- bytes
@@ -120,6 +121,7 @@ def test_rows_are_distributions_and_no_token_is_left_out(mapping, tokenizers):
 def test_a_token_that_the_texts_lack_follows_its_bytes(tokenizers):
     base, value = tokenizers
     rows = W(VocabMap.make(base, value, ["The"]))
+    assert {v for _, v in rows} == set(range(len(value.tokens)))
     b, v = base.backend.token_to_id("▁dog"), value.backend.token_to_id("Ġdog")
     assert rows[b, v] > 0.9
 
@@ -249,6 +251,7 @@ def test_a_map_for_other_tokenizers_is_refused(mapping, tokenizers, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [dict(base_ids=torch.tensor([10**6])), dict(value_ids=torch.tensor([-1])),
+                                    dict(value_ids=torch.tensor([10**6])),
                                     dict(p=torch.tensor([float("nan")])), dict(p=torch.ones(2)), dict(p=None)])
 def test_a_corrupt_map_is_refused(mapping, tokenizers, tmp_path, damage):
     path = tmp_path / "map.safetensors"
