@@ -86,6 +86,7 @@ class MappedBase:
         sums = self.sums[i][:first + 1]
         for k in range(first + 1, len(ids)):
             sums.append(sums[-1] + logp[k - 1 - first, ids[k]].item())
+
         def pending(end: int) -> bytes | None:
             return text if text is None else text[end:]
 
@@ -101,7 +102,7 @@ class MappedBase:
         for end, (logp_head, logp) in heads.items():
             b, v, w = self.mapping.rows(pending(end), self.device)
             out.index_add_(0, v, logp[b].exp() * w, alpha=math.exp(logp_head - likeliest))
-        return torch.log((1 - self.FLOOR) * out / out.sum() + self.FLOOR / self.columns)
+        return torch.log((1 - self.FLOOR) * out / out.sum().clamp_min(1e-30) + self.FLOOR / self.columns)
 
 
 @torch.inference_mode()
