@@ -6,6 +6,7 @@ that line and exit status 2. Output appears whole or not at all: `replacing` wri
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -40,6 +41,33 @@ def read_json(path: str | Path, kind: type = object):
     if not isinstance(parsed, kind):
         raise InputError(f"{path}: holds a {type(parsed).__name__} where a {kind.__name__} belongs")
     return parsed
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a file: the strings of a .json or .jsonl file, else its paragraphs. Raises InputError if there are none.
+
+    Strings of at most 20 characters are roles and names and are left out; texts are cut into pieces of 2000 characters.
+    """
+    def strings(x) -> Iterator[str]:
+        if isinstance(x, str):
+            yield x
+        elif isinstance(x, (list, dict)):
+            for y in (x.values() if isinstance(x, dict) else x):
+                yield from strings(y)
+
+    if str(path).endswith(".json"):
+        texts = [text for text in strings(read_json(path)) if len(text) > 20]
+    elif str(path).endswith(".jsonl"):
+        try:
+            records = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}: a line is not valid JSON ({error.msg})") from None
+        texts = [text for text in strings(records) if len(text) > 20]
+    else:
+        texts = [text for text in re.split(r"\n\s*\n", read_text(path)) if text.strip()]
+    if not texts:
+        raise InputError(f"{path}: holds no text")
+    return [text[i:i + 2000] for text in texts for i in range(0, len(text), 2000)]
 
 
 @contextmanager

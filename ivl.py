@@ -21,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files import InputError
+from mapped import MappedBase
 from model import KVCache, Llama
+from vocab_map import VocabMap
 
 try:
     import triton
@@ -197,14 +199,20 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 @torch.inference_mode()
 def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
              alpha: float = 1.0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             stop: Collection[int] = (), vocabulary: int | None = None) -> Iterator[list[int | None]]:
+             stop: Collection[int] = (), vocabulary: int | None = None,
+             mapping: VocabMap | None = None) -> Iterator[list[int | None]]:
     """Decodes z_post over two key-value caches; value None decodes the base alone.
 
     prompts: B lists of token ids, of any lengths. Each step yields B new ids; a reply's last one is a token of
     `stop`, and after it the row yields None. Ends when every row has stopped or after max_new_tokens.
     vocabulary: the first ids that may be chosen, see `shared_vocabulary` (default: all that both models have).
+    mapping: for a base with another tokenizer; prompts and replies are in the value model's ids, equation (5), and
+    replies also end where a text fills the base's context.
     """
-    models = [base] if value is None else [base, value]
+    reader = None
+    if mapping is not None and not mapping.identity:
+        reader, texts = MappedBase(base, mapping, len(prompts)), [list(prompt) for prompt in prompts]
+    models = [model for model in (base if reader is None else None, value) if model is not None]
     device, dtype = base.embed.weight.device, base.embed.weight.dtype
     generator = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -217,18 +225,22 @@ def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]],
     # the first step reads the prompts, all the others one token a row
     positions, last = None, (lengths - 1)[:, None, None]
     for end in range(longest, slots):
-        z = []
+        z = [] if reader is None else [reader.next(texts)]
         for model, cache in zip(models, caches):
             h = model.hidden(tokens, positions, cache, end)
             h = h.take_along_dim(last, dim=1)[:, 0]  # the unembedding is needed at a row's last token only
             z.append(F.linear(h, model.head).float())
-        z_post = z[0] if value is None else combine(*z, alpha)
+        z_post = z[0] if len(z) == 1 else combine(*z, alpha)
         new = choose(z_post[:, :vocabulary], temperature, top_k, top_p, generator)
         ids = new.tolist()
         yield [i if on else None for i, on in zip(ids, running)]
         running = [on and i not in stop for i, on in zip(ids, running)]
         if not any(running):
             return
+        if reader is not None:
+            if reader.full():
+                return
+            texts = [[*text, i] if on else text for text, i, on in zip(texts, ids, running)]
         positions = lengths[:, None] if positions is None else positions + 1
         tokens, last = new[:, None], torch.zeros_like(last)
 

@@ -5,6 +5,7 @@
     python sample.py --base DIR --value DIR                  # a chat: /clear forgets it, /exit or Ctrl-D ends it
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"      # the base alone
+    python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer, see vocab_map.py
 
 Replies go to stdout, everything else to stderr. Ctrl-C stops a reply.
 """
@@ -22,6 +23,7 @@ from data import TEMPLATES, TextStream, Tokenizer, read_chats
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, write_text
 from ivl import generate, shared_vocabulary
 from model import Llama, load
+from vocab_map import VocabMap
 
 TOY = Path("out/toy")
 
@@ -35,7 +37,9 @@ class Speaker:
         dtype = pick_dtype(args.dtype, device)
         base_tokenizer = Tokenizer(args.base, args.template)
         self.tokenizer = base_tokenizer if args.value == "none" else Tokenizer(args.value, args.template)
-        self.vocabulary = shared_vocabulary(base_tokenizer.tokens, self.tokenizer.tokens)
+        self.mapping = VocabMap.load(args.map, base_tokenizer, self.tokenizer) if args.map else None
+        self.vocabulary = (len(self.tokenizer.tokens) if self.mapping
+                           else shared_vocabulary(base_tokenizer.tokens, self.tokenizer.tokens))
         self.base = load(args.base, device, dtype)
         base_tokenizer.check(self.base.config.vocab_size)
         self.value = None
@@ -51,16 +55,20 @@ class Speaker:
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids to answer. Of a chat that has outgrown the context, the oldest exchanges are left out."""
         ids = self.tokenizer.prompt(messages)
-        while len(ids) + self.args.max_new_tokens > self.context and len(messages) > 2:
+        while self.length(ids) + self.args.max_new_tokens > self.context and len(messages) > 2:
             system = messages[0]["role"] == "system"
             messages = messages[:system] + messages[system + 2:]
             ids = self.tokenizer.prompt(messages)
         return self.fitting(ids)
 
+    def length(self, ids: list[int]) -> int:
+        """The tokens of a text, in the vocabulary that needs more."""
+        return max(len(ids), len(self.mapping.read(ids)[0]) if self.mapping else 0)
+
     def fitting(self, ids: list[int]) -> list[int]:
         """Gives `ids` back. Raises InputError if no reply fits after them, or if a model has no such token."""
-        if len(ids) >= self.context:
-            raise InputError(f"the prompt has {len(ids)} tokens, but the context is {self.context}; shorten the prompt")
+        if self.length(ids) >= self.context:
+            raise InputError(f"the prompt has {self.length(ids)} tokens, but the context is {self.context}; shorten the prompt")
         if max(ids) >= self.vocabulary:
             raise InputError(f"the prompt has the token {self.tokenizer.tokens[max(ids)]!r}, which only one of the two "
                              "vocabularies has; leave it out")
@@ -72,7 +80,7 @@ class Speaker:
         room = self.context - max(map(len, prompts))
         return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), alpha=a.alpha,
                         temperature=0.0 if a.greedy else a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
-                        stop=self.tokenizer.stop, vocabulary=self.vocabulary)
+                        stop=self.tokenizer.stop, vocabulary=self.vocabulary, mapping=self.mapping)
 
     def say(self, prompt: list[int], raw: bool = False) -> str:
         """Streams one reply to stdout and its speed to stderr. Ctrl-C ends the reply."""
@@ -172,6 +180,7 @@ def main() -> None:
     group = parser.add_argument_group("models")
     group.add_argument("--base", help=f"Hugging Face directory of the base ({TOY}/large)")
     group.add_argument("--value", help=f"Hugging Face directory of the value model, or none ({TOY}/value)")
+    group.add_argument("--map", help="from the base's vocabulary to the value model's, made by vocab_map.py")
     group.add_argument("--template", choices=TEMPLATES, help="chat template (default: the directory's own, else llama-2)")
     group.add_argument("--raw", action="store_true", help="no chat template: go on with the text as it stands")
     group = parser.add_argument_group("how to choose tokens")

@@ -1,6 +1,7 @@
 """A miniature of the paper that needs no download: a world, a family of Llamas that read about it, chats.
 
     python experiments/toy.py                  # makes out/toy: bases small and large, chats, held-out questions
+    python experiments/toy.py --family b       # makes out/toy_b: a large base with another tokenizer, same world
 
 The world: 250 invented people, six facts each. A corpus tells facts in plain sentences ("Ralo
 lives in Lisbon."), says names over and over, and has endless small talk between a User and an Assistant
@@ -36,15 +37,17 @@ import ivl
 from data import TEMPLATES, Tokenizer
 from files import InputError, command, pick_device, read_json, writable_folder, write_text
 from model import Config, Llama, save
+from vocab_map import VocabMap
 
 OUT = Path("out/toy")
 PEOPLE = 250
-VOCABULARY = 1536
+VOCABULARY, OTHER_VOCABULARY = 1536, 900
 WINDOW, BATCH, CONTEXT = 128, 16, 256
 BASES = {  # hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens read, share of facts told
     "small": (64, 128, 2, 2, 5e-3, 2_000_000, 0.55),
     "large": (128, 320, 3, 4, 3e-3, 2_400_000, 1.0),
 }
+OTHER_BASES = {"large": (128, 320, 3, 4, 3e-3, 4_200_000, 1.0)}  # family b's: a text is 1.3 times as many tokens
 
 # relation: the sentence's words, two questions, 24 values
 RELATIONS = {
@@ -141,6 +144,18 @@ class World:
                 for question, sentence in rng.sample(asked, len(asked))]
 
 
+def train_other_tokenizer(world: World, seed: int) -> Backend:
+    """Family b's: byte-level BPE, as Llama-3's: Ġ for a space, none in front of a text; fewer tokens, so more in a name."""
+    rng = random.Random(seed)
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=OTHER_VOCABULARY, show_progress=False,
+                                  special_tokens=["<unk>", "<s>", "</s>"],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.train_from_iterator((world.document(rng, world.pairs) for _ in range(6000)), trainer)
+    return backend
+
+
 def train_tokenizer(world: World, seed: int) -> Backend:
     """SentencePiece-like BPE, as Llama-2's: ▁ for a space, bytes for what the vocabulary lacks."""
     rng = random.Random(seed)
@@ -186,17 +201,23 @@ def pretrain(config: Config, corpus: Tensor, name: str, lr: float, seed: int, de
     return model
 
 
-def make_family(out: Path, seed: int, device: torch.device) -> None:
-    """Writes out/small, out/large, chats.jsonl and heldout.jsonl, unless they are there; the same seed, the same files."""
+def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -> None:
+    """Writes out/small, out/large, chats.jsonl and heldout.jsonl, unless they are there; the same seed, the same files.
+
+    Family "b" has the same world, another tokenizer, and only the large base: its value models come from family "a".
+    """
     made = out / "family.json"  # written last: the family is whole
     if made.exists():
-        if (old := read_json(made)["seed"]) != seed:
-            raise InputError(f"{out}: holds a family made with seed {old}; give another --out for seed {seed}")
+        old = read_json(made)
+        if (old["seed"], old.get("family", "a")) != (seed, family):
+            raise InputError(f"{out}: holds family {old.get('family', 'a')} made with seed {old['seed']}; give another "
+                             f"--out for family {family} and seed {seed}")
         return
     writable_folder(out)
     world, rng = World.make(seed), random.Random(seed + 1)
-    backend = train_tokenizer(world, seed)
-    for name, (*sizes, lr, tokens, share) in BASES.items():
+    backend = (train_tokenizer if family == "a" else train_other_tokenizer)(world, seed)
+    bases = BASES if family == "a" else OTHER_BASES
+    for name, (*sizes, lr, tokens, share) in bases.items():
         told, corpus = rng.sample(world.pairs, round(share * len(world.pairs))), []
         while len(corpus) < tokens:
             for encoding in backend.encode_batch([world.document(rng, told) for _ in range(500)]):
@@ -208,7 +229,7 @@ def make_family(out: Path, seed: int, device: torch.device) -> None:
             {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATES["plain"]}, indent=2) + "\n")
     for name, pairs in (("chats", world.taught), ("heldout", world.held_out)):
         write_text(out / f"{name}.jsonl", "".join(json.dumps(chat) + "\n" for chat in world.chats(pairs, rng)))
-    write_text(made, json.dumps({"seed": seed, "bases": BASES}) + "\n")
+    write_text(made, json.dumps({"seed": seed, "family": family, "bases": bases}) + "\n")
 
 
 # ---------------------------------------------------------------- scores
@@ -220,11 +241,12 @@ def knows(base: Llama, tokenizer: Tokenizer, facts: list[str]) -> float:
     return sum(tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)) / len(facts)
 
 
-def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]]) -> dict:
+def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]],
+          mapping: VocabMap | None = None) -> dict:
     """Greedy replies to the chats' questions: share in the demonstrated form, share that are right as well."""
     prompts = [tokenizer.prompt(chat[:-1]) for chat in chats]
     form = right = 0
-    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop)), chats):
+    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, mapping=mapping)), chats):
         ids = [i for i in reply if i is not None]
         text = tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else ""  # a reply that never ends has no form
         form += bool(FORM.fullmatch(text))
@@ -238,11 +260,13 @@ def fact_of(chat: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help=f"{OUT}, or {OUT}_b")
+    parser.add_argument("--family", choices=["a", "b"], default="a")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    make_family(args.out, args.seed, pick_device(args.device))
+    out = args.out or (OUT if args.family == "a" else OUT.with_name(f"{OUT.name}_b"))
+    make_family(out, args.seed, pick_device(args.device), args.family)
 
 
 if __name__ == "__main__":

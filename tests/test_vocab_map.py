@@ -1,0 +1,330 @@
+"""Vocabulary mapping: the two alignments, the map, its file, and a base that is asked in another vocabulary."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import ivl
+import mapped
+import vocab_map
+from conftest import TEXT, assert_refused, make_directory
+from data import TextStream, Tokenizer
+from files import InputError, open_tensors, read_texts, save_tensors
+from mapped import MappedBase
+from model import load
+from spelling import Spelling
+from vocab_map import VocabMap
+
+TEXTS = TEXT.split(". ")
+
+
+@pytest.fixture(scope="module")
+def other_dir(tmp_path_factory):
+    """A value model whose tokenizer is byte-level."""
+    return make_directory(tmp_path_factory.mktemp("models") / "other", seed=3, bytelevel=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(base_dir, other_dir):
+    return Tokenizer(base_dir), Tokenizer(other_dir)
+
+
+@pytest.fixture(scope="module")
+def mapping(tokenizers):
+    return VocabMap.make(*tokenizers, TEXTS)
+
+
+def W(mapping: VocabMap) -> dict[tuple[int, int], float]:
+    return dict(zip(zip(mapping.base_ids.tolist(), mapping.value_ids.tolist()), mapping.p.tolist()))
+
+
+# ---------------------------------------------------------------- Algorithm 1
+
+def test_edit_distance_by_hand():
+    assert vocab_map.edit_distance(b"kitten", b"sitting") == 3  # k → s, e → i, + g
+    assert vocab_map.edit_distance(b"", b"abc") == 3
+    assert vocab_map.edit_distance("é".encode(), b"e") == 2  # bytes, not characters: C3 A9
+    assert vocab_map.cost(b"cat", b"c") == pytest.approx(0.2)  # two letters less, but one holds the other
+
+
+def test_warp_by_hand():
+    # cost     un   happy            total    un    happy
+    # un      0.0    5.0             un      0.0     5.0
+    # hap     3.0    0.2    →        hap     3.0     0.2
+    # py      2.0    0.3             py      5.0     0.5    so `happy` is paired with both of its pieces
+    assert vocab_map.warp([b"un", b"hap", b"py"], [b"un", b"happy"]) == [(0, 0), (1, 1), (2, 1)]
+    assert vocab_map.warp([b"ab", b"c"], [b"a", b"b", b"c"]) == [(0, 0), (0, 1), (1, 2)]  # 0.1 + 0.1 + 0
+
+
+def test_the_released_normalisation_by_hand():
+    # V = 4.  counts      minus the row's mean      over the column's largest     each row's largest
+    #   b0: 6  2 0 0      4   0  (mean 2)             4/4    0                    v0: 1
+    #   b1: 5  3 0 0      3   1  (mean 2)             3/4   1/3                   v0: 0.75
+    #   b2: 0  4 0 0          3  (mean 1)                   3/3                   v1: 1
+    counts = {(0, 0): 6, (0, 1): 2, (1, 0): 5, (1, 1): 3, (2, 1): 4}
+    assert vocab_map.paper_rows(counts, 4) == {(0, 0): 1.0, (1, 0): 0.75, (2, 1): 1.0}
+
+
+# ---------------------------------------------------------------- bytes
+
+def test_alignment_by_hand(tokenizers):
+    # base   ▁The|▁|r|ain       value   The|Ġ|rain      a base token is paired with the value token that begins where it
+    # bytes  0   3 4 5   8              0   3 4   8     begins; `ain`, inside of `rain`, with none. At the front of a text
+    #                                                   only the base puts a space: its first token counts as `The`
+    base, value = map(Spelling, tokenizers)
+    counts = vocab_map.count_aligned(base, value, ["The rain"])
+    assert {(base.bytes[b], value.bytes[v]): n for (b, v), n in counts.items()} == {
+        (b"The", b"The"): 1, (b" ", b" "): 1, (b"r", b"rain"): 1}
+
+
+def test_token_bytes(tokenizers):
+    base, value = map(Spelling, tokenizers)
+    ids = base.tokenizer.backend.get_vocab()
+    assert [base.bytes[ids[token]] for token in ("<s>", "<0x0A>", "▁the")] == [None, b"\n", b" the"]
+    ids = value.tokenizer.backend.get_vocab()
+    assert [value.bytes[ids[token]] for token in ("</s>", "Ċ", "Ġthe")] == [None, b"\n", b" the"]
+    assert sorted(len(data) == 1 and data[0] for data in value.bytes if data and len(data) == 1) == list(range(256))
+
+
+def any_text(rng: random.Random) -> bytes:
+    """Letters, spaces, any Unicode, and bytes that are no text at all, such as half an emoji."""
+    parts = [rng.choice(["the cat", " ", "  ", "\n", "</s>", "é", "中文", "🙂", chr(rng.randrange(0x20, 0xD800))]).encode()
+             for _ in range(rng.randrange(8))]
+    if rng.random() < 0.5:
+        parts.insert(rng.randint(0, len(parts)), rng.choice([b"\xf0\x9f", b"\x99", b"\xff", b"\xe4\xb8"]))
+    return b"".join(parts)
+
+
+def test_any_bytes_are_spelt(tokenizers):
+    rng = random.Random(0)
+    for side in map(Spelling, tokenizers):
+        for _ in range(300):
+            text = any_text(rng)
+            ids, ends = side.spell(text)
+            assert side.join(ids) == side.space + text
+            assert ends == [len(side.join(ids[:i + 1])) for i in range(len(ids))]
+
+
+# ---------------------------------------------------------------- the map
+
+def test_rows_are_distributions_and_no_token_is_left_out(mapping, tokenizers):
+    base, value = tokenizers
+    sums = torch.zeros(len(base.tokens)).index_add(0, mapping.base_ids, mapping.p)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+    assert set(mapping.value_ids.tolist()) == set(range(len(value.tokens)))
+    for name in ("bos", "eos"):
+        assert W(mapping)[getattr(base, name), getattr(value, name)] > 0.9
+
+
+def test_a_token_that_the_texts_lack_follows_its_bytes(tokenizers):
+    base, value = tokenizers
+    rows = W(VocabMap.make(base, value, ["The"]))
+    assert {v for _, v in rows} == set(range(len(value.tokens)))
+    b, v = base.backend.token_to_id("▁dog"), value.backend.token_to_id("Ġdog")
+    assert rows[b, v] > 0.9
+
+
+def test_minED_stands_in_where_no_token_fits(tokenizers):
+    side = Spelling(tokenizers[1])
+    side.index = {data: i for data, i in side.index.items() if data in (b"on", b"rain")}
+    assert side.bytes[vocab_map.nearest(b"brain", side)] == b"rain"  # nothing begins it: one letter too many
+
+
+def test_same_tokenizer_gives_the_identity(base_dir, value_dir):
+    same = VocabMap.make(Tokenizer(base_dir), Tokenizer(value_dir), TEXTS)
+    assert W(same) == {(i, i): 1.0 for i in range(len(same.base.bytes))}
+    prompts = [same.value.tokenizer.encode(text) for text in TEXTS[:2]]
+    for options in (dict(), dict(temperature=1.0, seed=1)):
+        plain = list(ivl.generate(load(base_dir), load(value_dir), prompts, 30, **options))
+        assert list(ivl.generate(load(base_dir), load(value_dir), prompts, 30, mapping=same, **options)) == plain
+
+
+def test_pending_bytes_leave_the_remainder(mapping):
+    # behind ' ca' the base can still say ' cat', whose remainder is 't'
+    b, v, p = mapping.rows(b" ca", torch.device("cpu"))
+    assert len(b) and {mapping.base.bytes[i][:3] for i in b.tolist()} == {b" ca"}
+    cat, t = mapping.base.index[b" cat"], mapping.base.index[b"t"]
+    row = {j: x for (i, j), x in W(mapping).items() if i == t}  # the base knows 't': its row says what 't' begins
+    assert {j: x for i, j, x in zip(b.tolist(), v.tolist(), p.tolist()) if i == cat} == row
+    assert not len(mapping.rows(b" cat sat", torch.device("cpu"))[0])
+
+
+def test_the_base_reads_the_canonical_text(mapping):
+    base, value = mapping.base, mapping.value
+    for text in ("The cat sat", "The 🙂"):
+        letters = [value.index[bytes([byte])] for byte in text.encode()]  # value tokens as they should not be
+        ids, ends, data = mapping.read([value.tokenizer.bos, *letters])
+        assert ids == base.tokenizer.encode(text) and data == b" " + text.encode() and ends[-1] == len(data)
+    assert mapping.read(letters, canonical=False)[0] != ids
+
+
+def test_special_tokens_are_read_as_special(mapping):
+    base, value = mapping.base.tokenizer, mapping.value.tokenizer
+    ids = value.encode("The cat") + [value.eos] + value.encode("A dog")
+    read, ends, data = mapping.read(ids)
+    assert read == [base.bos, *base.encode("The cat")[1:], base.eos, base.bos, *base.encode("A dog")[1:]]
+    assert data == b" A dog"
+    segment = read.index(base.bos, 1)
+    assert ends[:segment] == [-1] * segment and ends[segment] == 0
+
+
+# ---------------------------------------------------------------- the mapped base
+
+def test_cached_equals_uncached_after_every_step(mapping, base_dir):
+    """Value tokens are bytes here, so the base's last tokens merge and split again at almost every step."""
+    base, byte = load(base_dir), mapping.value.index
+    texts = ["The cat says good morning!".encode(), "中 🙂 the dog".encode(), b"it rains \xf0\x9f in the garden"]
+    rows = [[byte[bytes([x])] for x in text] for text in texts]
+    rows[1].insert(5, mapping.value.tokenizer.eos)
+    grown, rolled_back = MappedBase(base, mapping, len(rows)), 0
+    with torch.inference_mode():
+        for t in range(max(map(len, rows)) + 1):
+            now, before = [row[:t] for row in rows], grown.ids
+            cached = grown.next(now)
+            rolled_back += any(old != new[:len(old)] for old, new in zip(before, grown.ids))
+            fresh = torch.cat([MappedBase(base, mapping, 1).next([text]) for text in now])
+            torch.testing.assert_close(cached, fresh, atol=1e-3, rtol=1e-4)
+    assert rolled_back > 5
+
+
+def test_mapped_probabilities_by_hand(mapping, base_dir):
+    """After ' ca' come the first bytes that follow the base's ' ', 'c', 'a', and what is left of its ' cat' and 'cat'."""
+    base, byte = load(base_dir), mapping.value.index
+    reader = MappedBase(base, mapping, 1)
+    text = [mapping.value.tokenizer.bos, *(byte[bytes([x])] for x in b"The ca")]
+    ids, ends, data = mapping.read(text)
+    assert [mapping.base.bytes[i] for i in ids] == [None, b" The", b" ", b"c", b"a"]
+    with torch.inference_mode():
+        z = reader.next([text])[0]
+        logp = base(torch.tensor([ids]))[0].log_softmax(-1)
+        expected = torch.zeros(len(z))
+        for k, pending in ((1, b" ca"), (2, b"ca"), (3, b"a"), (4, b"")):
+            before = sum(logp[i - 1, ids[i]] for i in range(1, k + 1))
+            for b, v, w in zip(*(x.tolist() for x in mapping.rows(pending, z.device))):
+                expected[v] += w * torch.exp(before + logp[k, b])
+        expected = (1 - reader.FLOOR) * expected / expected.sum() + reader.FLOOR / len(z)
+    torch.testing.assert_close(z, expected.log(), atol=1e-3, rtol=1e-4)
+    assert z.exp().sum().item() == pytest.approx(1)
+
+
+def test_a_batch_decodes_as_its_rows_do(mapping, base_dir, other_dir):
+    base, value = load(base_dir), load(other_dir)
+    prompts = [mapping.value.tokenizer.encode(text) for text in ("The cat sat", "Where is the dog? The dog is in the")]
+    both = list(zip(*ivl.generate(base, value, prompts, 20, mapping=mapping)))
+    alone = [next(zip(*ivl.generate(base, value, [prompt], 20, mapping=mapping))) for prompt in prompts]
+    assert both == alone
+
+
+def test_streamed_text_is_the_reply(mapping, base_dir, other_dir):
+    """Tokens of a byte-level vocabulary are often half a character; the stream holds them back."""
+    tokenizer = mapping.value.tokenizer
+    prompt = tokenizer.encode("中文 🙂 中文 🙂")
+    ids = [step[0] for step in ivl.generate(load(base_dir), load(other_dir), [prompt], 60, mapping=mapping,
+                                            temperature=1.5, seed=3)]
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.step, ids)) + stream.rest() == tokenizer.decode(ids)
+
+
+def test_decoding_ends_where_the_base_is_full(mapping, base_dir, other_dir):
+    base = load(base_dir)
+    base.config.max_position_embeddings = 24
+    reply = list(ivl.generate(base, load(other_dir), [mapping.value.tokenizer.encode("The cat")], 200, mapping=mapping))
+    assert 0 < len(reply) <= 200 and len(mapping.read([i for step in reply for i in step])[0]) < 60
+
+
+# ---------------------------------------------------------------- files and commands
+
+def test_save_and_load(mapping, tokenizers, tmp_path):
+    mapping.save(tmp_path / "map.safetensors")
+    again = VocabMap.load(tmp_path / "map.safetensors", *tokenizers)
+    assert W(again) == W(mapping) and again.method == "bytes"
+
+
+def test_a_map_for_other_tokenizers_is_refused(mapping, tokenizers, tmp_path):
+    mapping.save(tmp_path / "map.safetensors")
+    with pytest.raises(InputError, match="another base tokenizer"):
+        VocabMap.load(tmp_path / "map.safetensors", *tokenizers[::-1])
+    with pytest.raises(InputError, match="another value tokenizer"):
+        VocabMap.load(tmp_path / "map.safetensors", tokenizers[0], tokenizers[0])
+
+
+@pytest.mark.parametrize("damage", [dict(base_ids=torch.tensor([10**6])), dict(value_ids=torch.tensor([-1])),
+                                    dict(value_ids=torch.tensor([10**6])),
+                                    dict(p=torch.tensor([float("nan")])), dict(p=torch.ones(2)), dict(p=None)])
+def test_a_corrupt_map_is_refused(mapping, tokenizers, tmp_path, damage):
+    path = tmp_path / "map.safetensors"
+    mapping.save(path)
+    metadata = open_tensors(path).metadata()
+    tensors = dict(base_ids=torch.tensor([5]), value_ids=torch.tensor([5]), p=torch.tensor([1.0])) | damage
+    save_tensors({name: x for name, x in tensors.items() if x is not None}, path, metadata)
+    with pytest.raises(InputError, match="no sparse matrix"):
+        VocabMap.load(path, *tokenizers)
+
+
+def test_files_that_are_no_map_are_refused(tokenizers, tmp_path):
+    path = tmp_path / "map.safetensors"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="not a readable safetensors file"):
+        VocabMap.load(path, *tokenizers)
+    save_tensors({"p": torch.ones(1)}, path, {})
+    with pytest.raises(InputError, match="is no vocabulary map"):
+        VocabMap.load(path, *tokenizers)
+
+
+def test_command_then_sample(run, base_dir, other_dir, tmp_path):
+    text, out, report = tmp_path / "text.txt", tmp_path / "map.safetensors", tmp_path / "report.json"
+    text.write_text("\n\n".join(TEXTS))
+    made = run("vocab_map.py", "--base", base_dir, "--value", other_dir, "--text", text, "--out", out, "--json", report,
+               "--retention")
+    assert made.returncode == 0, made.stderr
+    numbers = json.loads(report.read_text())
+    assert numbers.keys() == {"method", "coverage_base", "coverage_value", "overlap", "overlap_limit", "nonzeros",
+                              "texts_per_second", "seconds", "peak_mb", "retention"}
+    assert numbers["method"] == "bytes" and numbers["coverage_base"] == numbers["coverage_value"] == 1
+    assert 0 < numbers["overlap"] <= numbers["overlap_limit"] <= 1
+    said = run("sample.py", "--base", base_dir, "--value", other_dir, "--map", out, "--greedy", "--max_new_tokens", 8, "cat?")
+    assert said.returncode == 0 and "tokens" in said.stderr, said.stderr
+    assert_refused(run("sample.py", "--base", other_dir, "--value", base_dir, "--map", out, "cat?"), "map.safetensors", "base")
+    assert_refused(run("sample.py", "--base", base_dir, "--value", other_dir, "cat?"), "vocab_map.py")
+
+
+def test_the_papers_method_decodes_too(tokenizers, base_dir, other_dir, tmp_path):
+    made = VocabMap.make(*tokenizers, TEXTS[:4], "paper")
+    assert len(set(made.base_ids.tolist())) == len(made.base_ids)  # one value token per base token
+    prompt = made.value.tokenizer.encode("The cat")
+    assert len(list(ivl.generate(load(base_dir), load(other_dir), [prompt], 5, mapping=made))) == 5
+
+
+@pytest.mark.parametrize("name, content, word", [("a.json", "{}", "holds no text"), ("a.jsonl", "{\n", "not valid JSON"),
+                                                 ("a.txt", " \n\n", "holds no text")])
+def test_files_without_text_are_refused(tmp_path, name, content, word):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=word):
+        read_texts(tmp_path / name)
+
+
+# ---------------------------------------------------------------- real data
+
+def test_overlap_of_llama_2_and_llama_3(realdata):
+    llamas = [Tokenizer(realdata / "tokenizers" / name) for name in ("llama-2", "llama-3")]
+    texts = [text for path in ("chats/lima.json", "text/tinystories.txt") for text in read_texts(realdata / path)[::3]]
+    for pair in (llamas, llamas[::-1]):
+        made = VocabMap.make(*pair, [text for i, text in enumerate(texts) if i % 10])
+        ratio, limit, _ = vocab_map.overlap(made, texts[::10])
+        assert 0.85 < ratio < limit
+        assert set(made.base_ids.tolist()) == set(range(len(pair[0].tokens)))
+        assert set(made.value_ids.tolist()) == set(range(len(pair[1].tokens)))
+        assert len(made.p) < 0.01 * len(pair[0].tokens) * len(pair[1].tokens)
+
+
+def test_knowledge_survives_the_map(realdata):
+    words, letters = (realdata / "models" / name for name in ("stories260K", "babyllama-tok105"))
+    texts = [text for text in read_texts(realdata / "text" / "tinystories.txt") if "\n" not in text]
+    made = VocabMap.make(Tokenizer(words), Tokenizer(letters), [text for i, text in enumerate(texts) if i % 10])
+    base, few = load(words), [text[:200] for text in texts[::300]]
+    kept = mapped.retention(base, made, few)
+    assert 0.9 < kept < 1.10
+    for worse in (dict(step_back=False), dict(canonical=False), dict(linear=True)):
+        assert mapped.retention(base, made, few, **worse) > 1.5
