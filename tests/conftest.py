@@ -95,7 +95,7 @@ def run():
     """Runs a script of the repository: run("train.py", "--epochs", 1, stdin="...") → CompletedProcess."""
     def runner(script: str, *args, stdin: str = "") -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, ROOT / script, *map(str, args)], input=stdin, capture_output=True,
-                              text=True, cwd=ROOT, timeout=600)
+                              text=True, cwd=ROOT, timeout=1800)
     return runner
 
 
