@@ -76,7 +76,7 @@ class Config:
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6), tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
             bos_token_id=raw.get("bos_token_id"), eos_token_id=raw.get("eos_token_id"))
         if heads % config.num_key_value_heads:
-            raise InputError(f"{path}: num_attention_heads is no multiple of num_key_value_heads = {config.num_key_value_heads}")
+            raise InputError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads")
 
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})  # the new spelling, the old one
         config.rope_theta = float(rope.pop("rope_theta", raw.get("rope_theta") or 10000.0))

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
-from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, write_text
+from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
 from model import Llama, load
 from vocab_map import VocabMap
@@ -214,6 +214,8 @@ def main() -> None:
     if args.value is None:
         raise InputError("--value is missing: the directory of a value model, or none for the base alone")
 
+    if args.out:
+        writable_folder(Path(args.out).parent)
     speaker = Speaker(args)
     if args.prompts:
         answer_file(speaker, args.prompts, args.out)

@@ -300,7 +300,7 @@ def main() -> None:
     if int(chats.ids.max()) >= shared:
         raise InputError(f"{args.data}: uses token {int(chats.ids.max())}, which only one of the two vocabularies has")
     if args.evaluate:
-        for name, pair in (("base alone", (base, None)), ("base + value", (base, value))):
+        for name, pair in (("base alone", (base, None)), ("base + value", (base, value)))[:2 if args.value else 1]:
             loss = held_out_loss(*pair, chats, list(range(len(chats))), settings.micro_batch_size, device, autocast)
             print(f"{name}: {loss:.4f} nats per token")
         return

@@ -70,7 +70,7 @@ def test_bad_input_ends_in_one_line(ask, run, tmp_path, base_dir):
     (tmp_path / "empty.txt").write_text("\n")
     assert_refused(ask("--prompts", tmp_path / "empty.txt"), "empty.txt", "no prompts")
     (tmp_path / "file").write_text("")
-    assert_refused(ask("--prompts", tmp_path / "file", "--out", tmp_path / "file" / "out.jsonl"), "file", "no prompts")
+    assert_refused(ask("--prompts", tmp_path / "file", "--out", tmp_path / "file" / "out.jsonl"), "file", "cannot be written")
 
 
 LILY = "Once upon a time, there was a little girl named Lily. She loved to play outs"
