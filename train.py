@@ -257,7 +257,7 @@ def arguments() -> argparse.Namespace:
     group = parser.add_argument_group("with what")
     group.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
     group.add_argument("--save_every", type=int, default=500, help="steps between checkpoints (500)")
-    group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
+    group.add_argument("--checkpointing", action="store_true", help="recompute activations: less memory, more time")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                        help="of the arithmetic; the trained weights stay float32 (auto: bfloat16 on CUDA)")
