@@ -257,7 +257,8 @@ def test_sampling_is_a_draw_from_the_softmax():
     two = torch.tensor([*p[:2] / p[:2].sum(), 0.0, 0.0])
     torch.testing.assert_close(shares(top_k=2), two, atol=0.01, rtol=0)
     torch.testing.assert_close(shares(top_p=0.8), two, atol=0.01, rtol=0)  # 0.644 is not enough, 0.881 is
-    assert shares(top_p=0.6)[0] == shares(top_k=1)[0] == shares(top_p=0.0)[0] == shares(temperature=0)[0] == 1
+    assert shares(top_p=0.6)[0] == shares(top_k=1)[0] == shares(temperature=0)[0] == 1
+    assert ivl.choose(logits.flip(1), 1.0, 0, 0.0, generator).unique().tolist() == [3]  # one is always kept
     assert shares(top_k=100).min() > 0
 
 
