@@ -1,6 +1,6 @@
 """Ask a base model, steered by a value model.
 
-    python sample.py "Where does Bato live?"                 # the family that train.py made: large base + value model
+    python sample.py "Where does Rufo live?"                 # the family that train.py made: large base + value model
     python sample.py --base DIR --value DIR "question"       # streams one reply
     python sample.py --base DIR --value DIR                  # a chat: /clear forgets it, /exit or Ctrl-D ends it
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
