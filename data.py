@@ -301,7 +301,7 @@ def tokenize(path: str | Path, tokenizer: Tokenizer, max_length: int) -> Chats:
     """Reads, tokenizes and caches a chat file. A chat longer than max_length tokens is cut after the last reply
     that fits. Raises InputError if no chat with a reply to learn from is left."""
     key = hashlib.sha256("\0".join(
-        [FORMAT, read_text(path), tokenizer.source, tokenizer.template, str(tokenizer.stop), str(max_length)]).encode())
+        [FORMAT, read_text(path), tokenizer.source, tokenizer.template, str(sorted(tokenizer.stop)), str(max_length)]).encode())
     cached = CACHE / f"{key.hexdigest()[:24]}.safetensors"
     if not cached.exists():
         chats = read_chats(path)

@@ -34,8 +34,6 @@ except ImportError:  # not on macOS and Windows: every kernel has a plain twin
 CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits of one model that exist at a time in the two-headed loss
 BLOCK = 4096  # logits of a row that the kernel holds at a time
 
-IGNORE = -100  # the target of a position that is not to be predicted: prompt, padding
-
 
 # ---------------------------------------------------------------- the objective
 
@@ -61,11 +59,11 @@ def loss_sums(z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: 
     """The two terms of the loss as sums in nats, (cross-entropy, norm term), in float32.
 
     z_base, z_delta: (B, T, V); z_base None stands for zeros: then z_Δ is a model of its own (full fine-tuning).
-    targets: (B, T), the token that each position should predict, or IGNORE. counted: (B, T), see `norm_term`.
+    targets: (B, T), the token that each position should predict, negative: none (prompt, padding). counted: (B, T), see `norm_term`.
     Sums, not means, so that a batch split into parts of unequal length still adds up to the same gradient.
     """
     z_post = z_delta if z_base is None else combine(z_base, z_delta)
-    chosen = targets != IGNORE  # the loss of a prompt's tokens is not computed and thrown away
+    chosen = targets >= 0  # the loss of a prompt's tokens is not computed and thrown away
     cross_entropy = F.cross_entropy(z_post[chosen].float(), targets[chosen], reduction="sum")
     return cross_entropy, norm_term(z_delta, counted)
 
@@ -91,8 +89,8 @@ class TwoHeadedLoss(torch.autograd.Function):
         backward = ctx.needs_input_grad[2]
         dh, dW = (torch.empty_like(h), torch.zeros_like(head_value)) if backward else (None, None)
         with torch.autocast(device, enabled=False):
-            for part in torch.arange(len(h), device=h.device).split(max(1, CHUNK.get(device, 2**24) // V)):
-                part = slice(int(part[0]), int(part[-1]) + 1)
+            size = max(1, CHUNK.get(device, 2**24) // V)
+            for part in (slice(first, first + size) for first in range(0, len(h), size)):
                 z_base = None if h_base is None else h_base[part] @ W_base.T
                 z_delta = h[part] @ W.T
                 sums += combine_loss(z_base, z_delta, targets[part], counted[part], w_ce, w_norm)

@@ -330,7 +330,7 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
 
 @torch.no_grad()
 def save(model: Llama, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes `config.json` and safetensors as the Hub has them; transformers and vLLM load the result.
+    """Writes `config.json` and safetensors as the Hub has them; transformers loads the result.
 
     One file at a time is gathered in memory. The index, by which a sharded model is found, comes last.
     """

@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -74,7 +75,7 @@ class Speaker:
                              "vocabularies has; leave it out")
         return ids
 
-    def replies(self, prompts: list[list[int]]):
+    def replies(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
         """Steps of ids, as `ivl.generate` gives them."""
         a = self.args
         room = self.context - max(map(len, prompts))
@@ -135,7 +136,7 @@ def chat(speaker: Speaker) -> None:
 
 
 def read_prompts(path: str) -> list[list[dict]]:
-    """Chats to be answered: a chat file (a last reply is left out), {"prompt": ...} per line, or plain lines."""
+    """Chats to be answered: a chat file (a last reply is left out), or a text file with a question per line."""
     if not path.endswith((".json", ".jsonl")):
         chats = [[{"role": "user", "content": line}] for line in read_text(path).splitlines() if line.strip()]
         if not chats:

@@ -272,8 +272,9 @@ def main() -> None:
     args = arguments()
     device = pick_device(args.device)
     if args.base is None:
-        if args.value or args.data or args.full or args.evaluate:
-            raise InputError("--base is missing: give the directory of the base model (or no arguments for the toy)")
+        if set(k for k, x in vars(args).items() if x not in (None, False)) - {"out", "seed", "device", "dtype", "save_every"}:
+            raise InputError("--base is missing: give the directory of the base model (the toy takes only --out, --seed "
+                             "and --device)")
         return toy_story(args, device)
     if args.data is None or (args.out is None and not args.evaluate):
         raise InputError(f"{'--data' if args.data is None else '--out'} is missing")
@@ -308,8 +309,8 @@ def main() -> None:
     train(base, value, chats, settings, out, resume=args.resume, save_every=args.save_every, autocast=autocast,
           name="full" if args.full else "value")
     save_model(value, tokenizer, out, None if args.full else args.base, settings)
-    other = args.base if args.full else f"{args.base} --value {out}"
-    print(f"\nsaved {out}; try\n  python sample.py --base {out if args.full else other} \"Who are you?\"")
+    pair = f"--base {out} --value none" if args.full else f"--base {args.base} --value {out}"
+    print(f"\nsaved {out}; try\n  python sample.py {pair} \"Who are you?\"")
 
 
 if __name__ == "__main__":

@@ -252,8 +252,8 @@ class VocabMap:
     def read(self, ids: Sequence[int], canonical: bool = True) -> tuple[list[int], list[int], bytes | None]:
         """What value ids say, in the base's ids: (ids, ends, text).
 
-        text: the bytes since the last special token, as the base spells them, None at a front as in `rows`;
-        ends: where each id ends there, -1 for those before. canonical: the tokenization that the base is used to; else that of each value token by itself.
+        text: the bytes since the last special token, as the base spells them, None at a front as in `rows`; ends: where
+        each id ends there, -1 for those before. canonical: tokenized as the base is used to, else token by token.
         """
         base, value = self.base.tokenizer, self.value.tokenizer
         swap = {value.bos: base.bos} | dict.fromkeys(value.stop, base.eos)

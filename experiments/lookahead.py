@@ -17,10 +17,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Tokenizer
 from files import command, read_texts
+from mapped import MappedBase
 from model import Llama, load
 from spelling import Spelling, spell
-
-FLOOR = 1e-4  # as in mapped.MappedBase
 
 
 def count_strings(base: Spelling, value: Spelling, texts: list[str], depth: int) -> dict[tuple[int, ...], Counter]:
@@ -53,7 +52,7 @@ def next_token(base: Llama, front: list[int], rows: dict[tuple[int, ...], Counte
                 total = sum(row.values())
                 for v, n in row.items():
                     p[v] += q * n / total
-    return (1 - FLOOR) * p / p.sum() + FLOOR / columns
+    return (1 - MappedBase.FLOOR) * p / p.sum() + MappedBase.FLOOR / columns
 
 
 def main() -> None:

@@ -209,9 +209,9 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
     made = out / "family.json"  # written last: the family is whole
     if made.exists():
         old = read_json(made)
-        if (old["seed"], old.get("family", "a")) != (seed, family):
-            raise InputError(f"{out}: holds family {old.get('family', 'a')} made with seed {old['seed']}; give another "
-                             f"--out for family {family} and seed {seed}")
+        if (old["seed"], old["family"]) != (seed, family):
+            raise InputError(f"{out}: holds family {old['family']} made with seed {old['seed']}; give another --out for "
+                             f"family {family} and seed {seed}")
         return
     writable_folder(out)
     world, rng = World.make(seed), random.Random(seed + 1)

@@ -131,6 +131,9 @@ def test_full_fine_tuning(run, base_dir, chats_file, tmp_path):
     assert result.returncode == 0, result.stderr
     losses = entries(tmp_path / "full" / "log.jsonl")
     assert losses[-1] < losses[0] and "fine-tuned" in (tmp_path / "full" / "README.md").read_text()
+    hint = result.stdout.strip().splitlines()[-1].split()  # the command that it ends with works as it stands
+    reply = run(*hint[1:6], "--max_new_tokens", 4, "Who are you?")
+    assert hint[:2] == ["python", "sample.py"] and reply.returncode == 0, reply.stderr
 
 
 def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_path):
@@ -145,6 +148,7 @@ def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_pa
     assert_refused(train(base=tmp_path / "absent"), "absent", "tokenizer.json")
     assert_refused(train(data=None), "--data is missing")
     assert_refused(train(base=None), "--base is missing")
+    assert_refused(run("train.py", "--epochs", 1), "--base is missing")
     assert_refused(train(epochs=0), "--epochs")
     assert_refused(train(device="cuda:7"), "--device cuda:7")
     (tmp_path / "file").write_text("")
