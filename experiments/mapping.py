@@ -30,6 +30,7 @@ from spelling import Spelling, spell
 from vocab_map import VocabMap, overlap
 
 METHODS = {"bytes": "ours", "paper": "Algorithm 1"}
+DOCUMENTS = 600  # of the toy's world, to count in and to measure on
 
 
 def hold_out(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -153,7 +154,7 @@ def transfer(args: argparse.Namespace) -> list[dict]:
     questions = read_chats(args.a / "heldout.jsonl")
     facts, base = [toy.fact_of(chat) for chat in questions], load(args.b / "large")
     world, rng = toy.World.make(seeds[0]), random.Random(seeds[0] + 2)
-    counted, held = hold_out([world.document(rng, world.pairs) for _ in range(600)])
+    counted, held = hold_out([world.document(rng, world.pairs) for _ in range(DOCUMENTS)])
     rows = [{"base": "same vocabulary", "map": "none", "knows": toy.knows(load(args.a / "large"), tokenizer, facts),
              **toy.score(load(args.a / "large"), value, tokenizer, questions)}]
     for method in METHODS:
