@@ -1,6 +1,6 @@
 """Speed against peers, measured side by side on this machine.
 
-    python experiments/bench.py decode                                    # on a CPU: toys, then 58M + 24M; on a GPU: 7B + 1.1B
+    python experiments/bench.py decode                        # on a CPU: toys, then 58M + 24M; on a GPU: 7B + 1.1B
     python experiments/bench.py decode --shape llama-2-13b tinyllama-1.1b --tokens 128 512 1024
     python experiments/bench.py loss --shape llama-3-8b llama-3.2-1b --tokens 16384
     python experiments/bench.py train-step --shape tinyllama-1.1b tinyllama-1.1b --tokens 4096
@@ -84,47 +84,44 @@ def seconds(run: Callable[[], object], device: torch.device = torch.device("cpu"
     return time.perf_counter() - start
 
 
-def watched(run: Callable[[], object], device: torch.device) -> Measured:
-    """A first run, for its memory.
+def watched(run: Callable[[], object], device: torch.device) -> tuple[int, object]:
+    """The bytes of tensors at the peak of a run, on top of those that were there before, and what the run gave.
 
-    On a CPU that is the sum over all that torch's allocator hands out and takes back: exact, where the program's
-    resident memory would also count what malloc keeps for later. Watching costs well under 1 % of a LONG run's time.
+    On a CPU the sum over all that torch's allocator hands out and takes back: exact, where the program's resident
+    memory would also count what malloc keeps for later.
     """
-    results = []
     if device.type == "cuda":
         run()  # compiles and captures, which takes memory of its own
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        duration = seconds(lambda: results.append(run()), device)
-        return Measured(duration, torch.cuda.max_memory_allocated(device) - before, results[0])
+        result = run()
+        return torch.cuda.max_memory_allocated(device) - before, result
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        duration = seconds(lambda: results.append(run()))
+        result = run()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    return Measured(duration, peak, results[0])
+    return peak, result
 
 
 def measure(variants: dict[str, Callable[[], object]], repeats: int, device: torch.device) -> dict[str, Measured]:
-    """Each variant's memory first, which also warms it up; then `repeats` rounds in which they take turns on the clock.
+    """Each variant once for its memory, which also warms it up; then `repeats` rounds in which they take turns on the clock.
 
-    A run that took more than LONG is not repeated: a quarter of an hour would go by for a ratio that is far from 1.
+    A variant that takes longer than LONG runs in the first round only: its ratio is far from 1.
     """
-    got, times = {}, {name: [] for name in variants}
+    peaks, times = {}, {name: [] for name in variants}
     with tqdm(total=len(variants) * (repeats + 1), unit=" runs", leave=False, disable=None) as bar:
         for name, run in variants.items():
-            got[name] = watched(run, device)
+            peaks[name] = watched(run, device)
             bar.update()
         for _ in range(repeats):
             for name, run in variants.items():
-                if got[name].seconds < LONG:
+                if not times[name] or times[name][0] < LONG:
                     times[name].append(seconds(run, device))
                 bar.update()
-    for name in variants:
-        got[name].seconds = statistics.median(times[name] or [got[name].seconds])
-    return got
+    return {name: Measured(statistics.median(times[name]), *peaks[name]) for name in variants}
 
 
 def compare(name: str, shape: str, tokens: int, ours: Measured, peer: Measured, **more) -> list[dict]:
@@ -204,7 +201,7 @@ def weight_bytes(model: Llama) -> int:
 
 
 def bytes_per_token(model: Llama) -> int:
-    """Bytes of weights that decoding one token reads: all, but of an embedding that is not also the unembedding one row."""
+    """Bytes of weights that decoding one token reads: all but the embedding, unless that is also the unembedding."""
     embedding = 0 if model.lm_head is None else model.embed.weight.numel() * model.embed.weight.element_size()
     return weight_bytes(model) - embedding
 
@@ -246,12 +243,12 @@ def transformers_pair_uncached(base, value, prompt: list[int], tokens: int) -> l
 
 
 def agreement(a: list[int], b: list[int]) -> float:
-    """The share of the tokens up to the first difference. Below 1 is no mistake in bfloat16, where near ties round apart."""
+    """The share of the tokens before the first difference. In bfloat16, where near ties round apart, 1 is not to be had."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a)) / len(a)
 
 
 def bench_decode(shapes: list[tuple[str, str]], lengths: list[int], args: argparse.Namespace) -> list[dict]:
-    """Greedy decoding of one sequence, a short prompt's reading included. Memory: the weights in use, caches, the rest."""
+    """Greedy decoding of one sequence, with the reading of a short prompt. Memory: weights, caches and all the rest."""
     device, rows = args.device, []
     dtype, bandwidth = pick_dtype("auto", device), copy_bandwidth(device)
     for names in shapes:
@@ -319,13 +316,15 @@ def loss_variants(names: tuple[str, str], tokens: int, device: torch.device, com
             loss = two_headed_loss(h_base, head_base, h_value, head_value, targets, counted, 1 / tokens, 1 / tokens)[0]
         return torch.autograd.grad(loss, wanted)
 
-    def formula(h_base, head_base, h_value, head_value):
-        with autocast:
-            cross_entropy, norm = loss_sums(F.linear(h_base, head_base), F.linear(h_value, head_value), targets, counted)
-        return (cross_entropy + norm) / tokens
+    def formula(h_base, head_base, h_value, head_value):  # loss_sums where every token counts: faster, compiles whole
+        z_delta = F.linear(h_value, head_value)
+        z_post = combine(F.linear(h_base, head_base), z_delta).float()
+        return F.cross_entropy(z_post.flatten(0, 1), targets.flatten()) + z_delta.float().abs().mean()
 
     def eager(formula=formula):
-        return torch.autograd.grad(formula(h_base, head_base, h_value, head_value), wanted)
+        with autocast:
+            loss = formula(h_base, head_base, h_value, head_value)
+        return torch.autograd.grad(loss, wanted)
 
     def library():
         h, head = torch.cat((h_base, h_value.to(dtype)), -1), torch.cat((head_base, head_value.to(dtype)), -1)
@@ -418,7 +417,8 @@ def bench_train_step(shapes: list[tuple[str, str]], lengths: list[int], args: ar
         for tokens in lengths:
             base = random_llama(names[0], device, dtype, 0).requires_grad_(False)
             value = random_llama(names[1], device, torch.float32, 1)
-            flop = sum(passes * forward_flop(model.config, model.size(), tokens) for passes, model in ((1, base), (3, value)))
+            flop = sum(passes * forward_flop(model.config, model.size(), tokens)
+                       for passes, model in ((1, base), (3, value)))  # backward counts twice
             got = measure(step_variants(base, value, tokens), args.repeats, device)
             mine = got.pop("ours")
             for peer in got:
@@ -479,11 +479,11 @@ def main() -> None:
                      for pairs, tokens in (DEFAULTS[name][device] for device in ("cpu", "cuda")))
         sub.add_argument("--shape", nargs=2, action="append", metavar=("BASE", "VALUE"),
                          help=f"may be repeated; of {', '.join(SHAPES)} (on a CPU {cpu}; on a GPU {cuda})")
-        sub.add_argument("--tokens", nargs="+", type=int, help="one or more lengths")
-        sub.add_argument("--repeats", type=int, default=5, help=f"runs of which the median counts, if under {LONG} s each (5)")
+        sub.add_argument("--tokens", nargs="+", type=int, help="one or more lengths (see --shape)")
+        sub.add_argument("--repeats", type=int, default=3, help="runs of which the median counts (3)")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
         if name == "loss":
-            sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="a compiled peer too (on a GPU)")
+            sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="a compiled peer too (default: on a GPU)")
     for sub in commands.choices.values():
         sub.add_argument("--json", help="file for the rows, as JSON")
     args = parser.parse_args()
