@@ -32,7 +32,7 @@ try:
 except ImportError:  # not on macOS and Windows: every kernel has a plain twin
     triton = None
 
-CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits of one model that exist at a time in the two-headed loss
+CHUNK = {"cpu": 2**21, "cuda": 2**25}  # logits of one model that exist at a time in the two-headed loss
 BLOCK = 4096  # logits of a row that the kernel holds at a time
 
 
@@ -110,8 +110,8 @@ class TwoHeadedLoss(torch.autograd.Function):
     def backward(ctx, gradient, _):
         dh, dW, keep = ctx.saved_tensors
         full = torch.zeros(*keep.shape, dh.shape[-1], device=dh.device, dtype=dh.dtype)
-        full[keep] = dh * gradient
-        return None, None, full, dW * gradient, None, None, None, None
+        full[keep] = dh.mul_(gradient)
+        return None, None, full, dW.mul_(gradient), None, None, None, None
 
 
 def two_headed_loss(h_base: Tensor | None, head_base: Tensor | None, h_value: Tensor, head_value: Tensor, targets: Tensor,

@@ -142,11 +142,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, self.kv_heads, self.group + 2, self.head_dim)
         qk = rotate(qkv[..., :-1, :], cos, sin)  # a group's queries and its key turn together
         q, k, v = qk[..., :-1, :], qk[..., -1, :], qkv[..., -1, :]  # (B, T, K, G, D), (B, T, K, D) twice
-        if store is not None:
-            k, v = store(k, v)  # (B, S, K, D)
+        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if store is None else store(k, v)  # (B, K, S, D)
         # of one token, the queries of a group see the same keys: G stands where time would, and no key is repeated
         q = q[:, 0] if T == 1 else q.flatten(2, 3).transpose(1, 2)  # (B, K, G, D) or (B, N, T, D)
-        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=mask is None and T > 1,
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.group > 1 and T > 1)
         return self.out(y.flatten(1)[:, None] if T == 1 else y.transpose(1, 2).flatten(2))
 
@@ -184,16 +183,17 @@ class KVCache:
     """
 
     def __init__(self, config: Config, batch: int, slots: int, device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+        self.slots = slots
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
         # zeros, not empty: a masked slot gets weight 0, and 0 × NaN would be NaN
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
         self.rows = torch.arange(batch, device=device)[:, None]
 
     def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, T, K, D) at `positions` (B, T); gives the first `end` slots, (B, end, K, D)."""
-        self.k[layer, self.rows, positions] = k.to(self.k.dtype)
-        self.v[layer, self.rows, positions] = v.to(self.v.dtype)
-        return self.k[layer, :, :end], self.v[layer, :, :end]
+        """Writes k, v (B, T, K, D) at `positions` (B, T); gives the first `end` slots, (B, K, end, D)."""
+        self.k[layer, self.rows, :, positions] = k.to(self.k.dtype)
+        self.v[layer, self.rows, :, positions] = v.to(self.v.dtype)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 class Llama(nn.Module):
@@ -230,7 +230,7 @@ class Llama(nn.Module):
         cos, sin = (f(angles).to(h.dtype)[:, :, None, None] for f in (torch.cos, torch.sin))  # (B, T, 1, 1, D/2)
         mask = None
         if cache is not None:
-            end = h.shape[1] if fresh else (end or cache.k.shape[2])
+            end = h.shape[1] if fresh else (end or cache.slots)
             if not fresh:  # from an empty cache plain causal attention is the same, and faster
                 later = torch.arange(end, device=h.device) > positions[..., None]  # (B, T, end)
                 mask = torch.zeros_like(later, dtype=h.dtype).masked_fill_(later, -torch.inf)[:, None]

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
+from decode import column_major
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
 from model import Llama, load
@@ -45,10 +46,14 @@ class Speaker:
         base_tokenizer.check(self.base.config.vocab_size)
         self.value = None
         if args.value != "none":
-            self.value = load(args.value, device, dtype)
+            self.value = load(args.value, pick_device(args.value_device) if args.value_device else device, dtype)
             self.tokenizer.check(self.value.config.vocab_size)
         models = [self.base] if self.value is None else [self.base, self.value]
         self.context = min(model.config.max_position_embeddings for model in models)
+        if device.type == "cpu":
+            # every product waits for its slowest thread: on a busy machine one core fewer is many times faster
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+            models = [column_major(model) for model in models]
         if args.compile:
             for model in models:
                 model.hidden = torch.compile(model.hidden, dynamic=True)
@@ -198,6 +203,7 @@ def main() -> None:
     group.add_argument("--batch_size", type=int, default=16, help="prompts at a time (16)")
     group = parser.add_argument_group("with what")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--value_device", help="of the value model, if it is to sit elsewhere than the base: cuda:1")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on CUDA")
     group.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     args = parser.parse_args()
