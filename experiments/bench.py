@@ -257,6 +257,8 @@ def bench_decode(shapes: list[tuple[str, str]], lengths: list[int], args: argpar
         their_base, their_value = transformers_twin(base), transformers_twin(value)
         if device.type == "cpu":
             base, value = column_major(base), column_major(value)  # as sample.py does
+        if args.compile:
+            base.hidden, value.hidden = (torch.compile(model.hidden, dynamic=True) for model in (base, value))
         prompt = list(range(1, 1 + PROMPT))
         table = {}
         for tokens in lengths:
@@ -488,6 +490,8 @@ def main() -> None:
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
         if name == "loss":
             sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="a compiled peer too (default: on a GPU)")
+        if name == "decode":
+            sub.add_argument("--compile", action="store_true", help="compile our models, as sample.py --compile does")
     for sub in commands.choices.values():
         sub.add_argument("--json", help="file for the rows, as JSON")
     args = parser.parse_args()
