@@ -187,13 +187,14 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
         # zeros, not empty: a masked slot gets weight 0, and 0 × NaN would be NaN
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
-        self.rows = torch.arange(batch, device=device)[:, None]
 
     def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T, K, D) at `positions` (B, T); gives the first `end` slots, (B, K, end, D)."""
-        self.k[layer, self.rows, :, positions] = k.to(self.k.dtype)
-        self.v[layer, self.rows, :, positions] = v.to(self.v.dtype)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        keys, values, k, v = self.k[layer], self.v[layer], k.transpose(1, 2), v.transpose(1, 2)
+        places = positions[:, None, :, None].expand_as(k)
+        keys.scatter_(2, places, k.to(keys.dtype))
+        values.scatter_(2, places, v.to(values.dtype))
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class Llama(nn.Module):
