@@ -45,7 +45,7 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     Where one model's vocabulary has a padded tail, the shared front of both counts.
     """
     V = min(z_base.shape[-1], z_delta.shape[-1])
-    return z_base[..., :V].detach() + alpha * z_delta[..., :V]
+    return torch.add(z_base[..., :V].detach(), z_delta[..., :V], alpha=alpha)
 
 
 def norm_term(z_delta: Tensor, counted: Tensor) -> Tensor:

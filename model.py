@@ -121,12 +121,11 @@ def inverse_frequencies(config: Config) -> Tensor:
 # ---------------------------------------------------------------- network
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turns each pair (x[i], x[i + D/2]) by its angle. x: (..., D), cos and sin: (..., D/2)
+    """RoPE: turns each pair (x[i], x[i + D/2]) by its angle. x: (..., D); cos of the angles, twice, −sin and sin: (..., D)
 
     The Hub's layout pairs the two halves of a head; Meta's own files pair neighbours.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -192,8 +191,8 @@ class KVCache:
         """Writes k, v (B, T, K, D) at `positions` (B, T); gives the first `end` slots, (B, K, end, D)."""
         keys, values, k, v = self.k[layer], self.v[layer], k.transpose(1, 2), v.transpose(1, 2)
         places = positions[:, None, :, None].expand_as(k)
-        keys.scatter_(2, places, k.to(keys.dtype))
-        values.scatter_(2, places, v.to(values.dtype))
+        keys.scatter_(2, places, k)
+        values.scatter_(2, places, v)
         return keys[:, :, :end], values[:, :, :end]
 
 
@@ -228,7 +227,8 @@ class Llama(nn.Module):
         if fresh:
             positions = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
         angles = positions[..., None].float() * self.inv_freq
-        cos, sin = (f(angles).to(h.dtype)[:, :, None, None] for f in (torch.cos, torch.sin))  # (B, T, 1, 1, D/2)
+        cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
+        cos, sin = (torch.cat(halves, -1)[:, :, None, None] for halves in ((cos, cos), (-sin, sin)))  # (B, T, 1, 1, D)
         mask = None
         if cache is not None:
             end = h.shape[1] if fresh else (end or cache.slots)
