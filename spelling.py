@@ -4,15 +4,19 @@
 Chinese, emoji and code then align as everything else does.
 """
 
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from data import Tokenizer
 from files import InputError
+
+CUT = re.compile(rb"(?<=[!-~])(?= [!-~])")  # between two words
+PIECE = 512  # bytes of a text that are tokenized at a time, at least
 
 
 def byte_alphabet() -> dict[str, int]:
@@ -61,6 +65,8 @@ class Spelling:
         self.longest = max(map(len, self.index))
         # SentencePiece puts a space in front of every text
         self.space = b" " if self.join(tokenizer.backend.encode("a", add_special_tokens=False).ids) == b" a" else b""
+        self.cuts = not any(CUT.search(data) for data in self.pieces)  # no token spans two words: they can be told apart
+        self.spell_piece = functools.lru_cache(maxsize=4096)(self._spell_piece)
 
     def join(self, ids: Sequence[int]) -> bytes:
         return b"".join(map(self.pieces.__getitem__, ids))
@@ -85,15 +91,29 @@ class Spelling:
         """The canonical ids of a text, and where each ends in `space + text`, in bytes.
 
         From the first byte on that the tokenizer itself does not reproduce (half a character, what its normalizer
-        drops, a character that it lacks), the longest tokens take over: so the ids spell all that they can.
+        drops, a character that it lacks), the longest tokens take over for the piece: so the ids spell all that they can.
+        A long text is tokenized in pieces that begin with a word: one that grows, token by token, costs only its last.
         """
+        data, ids, ends, start = self.space + text, [], [], 0
+        while start is not None:
+            cut = CUT.search(data, start + PIECE) if self.cuts else None
+            stop = cut.start() if cut else None
+            new, places = self.spell_piece(data[start:stop].removeprefix(self.space))
+            ids += new
+            ends += [start + end for end in places]
+            start = stop
+        return ids, ends
+
+    def _spell_piece(self, text: bytes) -> tuple[list[int], list[int]]:
         try:
             valid = text.decode()
         except UnicodeDecodeError as error:
             valid = text[:error.start].decode()
-        data = self.space + text
-        ids = self.tokenizer.backend.encode(valid, add_special_tokens=False).ids
-        ends = self.lengths[ids].cumsum().tolist()
+        return self.place(self.tokenizer.backend.encode(valid, add_special_tokens=False).ids, text)
+
+    def place(self, ids: list[int], text: bytes) -> tuple[list[int], list[int]]:
+        """What `spell` gives, from the tokenizer's own ids of the text."""
+        data, ends = self.space + text, self.lengths[ids].cumsum().tolist()
         if self.join(ids) == data:
             return ids, ends
         kept = end = 0
@@ -110,21 +130,25 @@ class Spelling:
                 ends.append(end)
         return ids, ends
 
+    def starts(self, texts: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Of each text the canonical ids, and the byte of the text at which each begins."""
+        for text, encoding in zip(texts, self.tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)):
+            ids, ends = self.place(encoding.ids, text.encode())
+            yield ids, np.maximum(np.array([0, *ends[:-1]]) - len(self.space), 0)
 
-def spell(base: Spelling, value: Spelling, text: str) -> tuple[list[int], np.ndarray, list[int], np.ndarray]:
-    """A text in both vocabularies: base ids, the byte at which each begins, value ids, their bytes.
+
+def spell(base: Spelling, value: Spelling, texts: Sequence[str]) -> Iterator[tuple[list[int], np.ndarray, list[int], np.ndarray]]:
+    """Each text in both vocabularies: base ids, the byte at which each begins, value ids, their bytes.
 
     Where only one tokenizer puts a space in front of a text, the base's first token is taken as if both did what the
     value's does: 'The' and ' The' at the front of a text are one and the same, anywhere else they are not.
     """
-    sides = []
-    for side in (base, value):
-        ids, ends = side.spell(text.encode())
-        sides += [ids, np.maximum(np.array([0, *ends[:-1]]) - len(side.space), 0)]
-    if base.space != value.space and sides[0]:
-        first = value.space + base.bytes[sides[0][0]].removeprefix(base.space)
-        sides[0][0] = base.index.get(first, sides[0][0])
-    return tuple(sides)
+    for k in range(0, len(texts), 256):
+        for (b, b_starts), (v, v_starts) in zip(base.starts(texts[k:k + 256]), value.starts(texts[k:k + 256])):
+            if base.space != value.space and b:
+                first = value.space + base.bytes[b[0]].removeprefix(base.space)
+                b[0] = base.index.get(first, b[0])
+            yield b, b_starts, v, v_starts
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -77,8 +77,7 @@ def warp(base: Sequence[bytes], value: Sequence[bytes]) -> list[tuple[int, int]]
 def count_warped(base: Spelling, value: Spelling, texts: Sequence[str]) -> dict[tuple[int, int], float]:
     """C of Algorithm 1: how often DTW pairs base token b with value token v. Markers are removed from the tokens."""
     counts: Counter = Counter()
-    for text in tqdm(texts, desc="warping", unit=" texts", leave=False, disable=None):
-        b, _, v, _ = spell(base, value, text)
+    for b, _, v, _ in tqdm(spell(base, value, texts), "warping", len(texts), unit=" texts", leave=False, disable=None):
         counts.update((b[i], v[j]) for i, j in warp(*([side.bytes[i].strip(b" ") for i in ids]
                                                       for side, ids in ((base, b), (value, v)))))
     return counts
@@ -106,8 +105,8 @@ def paper_rows(counts: dict[tuple[int, int], float], columns: int) -> dict[tuple
 def count_aligned(base: Spelling, value: Spelling, texts: Sequence[str]) -> dict[tuple[int, int], float]:
     """How often value token v begins at the byte where base token b begins."""
     keys = [np.empty(0, np.int64)]
-    for text in tqdm(texts, desc="aligning", unit=" texts", leave=False, disable=None):
-        b, b_starts, v, v_starts = spell(base, value, text)
+    spelt = tqdm(spell(base, value, texts), "aligning", len(texts), unit=" texts", leave=False, disable=None)
+    for b, b_starts, v, v_starts in spelt:
         _, i, j = np.intersect1d(b_starts, v_starts, return_indices=True)
         keys.append(np.array(b, np.int64)[i] * len(value.bytes) + np.array(v, np.int64)[j])
     pairs, n = np.unique(np.concatenate(keys), return_counts=True)
@@ -288,8 +287,7 @@ def overlap(mapping: VocabMap, texts: Sequence[str]) -> tuple[float, float, list
     for b, v, p in zip(mapping.base_ids.tolist(), mapping.value_ids.tolist(), mapping.p.tolist()):
         best[b] = max(best.get(b, (-1.0, 0)), (p, v))
     ratios, limits, misses = [], [], Counter()
-    for text in texts:
-        ids, _, golden, _ = spell(mapping.base, mapping.value, text)
+    for ids, _, golden, _ in spell(mapping.base, mapping.value, texts):
         if golden:
             left, hit = Counter(golden), 0
             for b in ids:

@@ -8,6 +8,7 @@ import torch
 
 import ivl
 import mapped
+import spelling
 import vocab_map
 from conftest import TEXT, assert_refused, make_directory
 from data import TextStream, Tokenizer
@@ -105,6 +106,17 @@ def test_any_bytes_are_spelt(tokenizers):
             ids, ends = side.spell(text)
             assert side.join(ids) == side.space + text
             assert ends == [len(side.join(ids[:i + 1])) for i in range(len(ids))]
+
+
+def test_a_text_in_pieces_is_spelt_as_a_whole(tokenizers, monkeypatch):
+    monkeypatch.setattr(spelling, "PIECE", 7)
+    rng = random.Random(1)
+    for side in map(Spelling, tokenizers):
+        assert side.cuts
+        for _ in range(200):
+            text = " ".join(rng.choice(["The cat", " sat", "the\n", "\n mat", "中文 dog", "it rains. "]) for _ in range(9)).encode()
+            assert side.spell(text) == side._spell_piece(text)
+        assert side.spell_piece.cache_info().hits > 100  # pieces there were, and the same ones again
 
 
 # ---------------------------------------------------------------- the map
