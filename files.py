@@ -128,7 +128,7 @@ def writable_folder(path: str | Path) -> Path:
     """Makes a folder and proves that files can be made in it, before hours are spent on filling it."""
     with replacing(Path(path) / ".writable") as temporary:
         temporary.touch()
-    (Path(path) / ".writable").unlink()
+    (Path(path) / ".writable").unlink(missing_ok=True)  # another rank may have been faster
     return Path(path)
 
 

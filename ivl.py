@@ -198,7 +198,7 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
              alpha: float = 1.0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
              stop: Collection[int] = (), vocabulary: int | None = None,
-             mapping: VocabMap | None = None) -> Iterator[list[int | None]]:
+             mapping: VocabMap | None = None, choose=choose) -> Iterator[list[int | None]]:
     """Decodes z_post over two key-value caches; value None decodes the base alone.
 
     prompts: B lists of token ids, of any lengths. Each step yields B new ids; a reply's last one is a token of

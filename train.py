@@ -124,7 +124,7 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
         return held_out_loss(base, value, chats, held, settings.micro_batch_size, device, autocast)
 
     with (open(os.devnull if rank() else log, "a") as lines,
-          tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=rank() > 0 or None) as bar):
+          tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar):
         def note(**entry):
             lines.write(json.dumps({"run": name, **entry}) + "\n")
             lines.flush()
@@ -294,7 +294,7 @@ def main() -> None:
 
     dtype = pick_dtype(args.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-    if args.out and rank() == 0:
+    if args.out:
         writable_folder(args.out)
     start = args.value or args.base
     tokenizer, base_tokenizer = Tokenizer(start, args.template), Tokenizer(args.base)

@@ -18,16 +18,18 @@ from conftest import ROOT, make_directory
 from safetensors.torch import load_file
 
 import data
+import ivl
 import sharding
 import train as trainer
 from model import Config, Llama, hf_views, save
+from vocab_map import VocabMap
 
 TRAINING = ["--lr", 1e-2, "--batch_size", 5, "--micro_batch_size", 2, "--lam", 0.1, "--max_length", 200]
 
 
-def torchrun(n: int, script: Path, *args) -> subprocess.CompletedProcess:
+def torchrun(n: int, script: Path, *args, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), script,
-                           *map(str, args)], capture_output=True, text=True, cwd=ROOT, timeout=600,
+                           *map(str, args)], input=stdin, capture_output=True, text=True, cwd=ROOT, timeout=600,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
@@ -143,6 +145,67 @@ def test_a_rank_dies_and_the_run_goes_on_with_other_ranks(one, tmp_path):
         assert_same(out, expected, atol=1e-3)
 
 
+# ---------------------------------------------------------------- decoding
+
+CHOICES = [dict(temperature=t, top_k=k, top_p=p) for t, k, p in (
+    (0, 0, 1), (1, 0, 1), (0.5, 0, 1), (2, 5, 1), (1, 1, 1), (1, 1000, 1), (1, 0, 0.9), (2, 0, 0.3), (1, 0, 1e-9),
+    (3, 40, 0.8))]
+
+
+def chosen() -> list:
+    """Tokens from random logits, of which a rank gets its slice, and from such in which many are equal."""
+    tokens = []
+    for seed in range(8):
+        logits = 4 * torch.randn(3, 317, generator=torch.Generator().manual_seed(seed))
+        slices = logits[:, sharding.cut(317, sharding.rank()):sharding.cut(317, sharding.rank() + 1)]
+        for options in CHOICES:
+            tokens.append(sharding.chooser(317)(slices, *options.values(), torch.Generator().manual_seed(seed)).tolist())
+        tokens.append(sharding.chooser(317)(slices.round(), 0, 0, 1, None).tolist())
+    return tokens
+
+
+def decoded(base: Path, value: Path, other: Path) -> list:
+    """Replies of base, of base and value, and of the base and a value model with other tokens."""
+    cpu, tokenizers = torch.device("cpu"), [data.Tokenizer(directory) for directory in (base, other)]
+    V, mapping = len(tokenizers[0].tokens), VocabMap.make(*tokenizers, ["The cat sat on the mat."])
+    models = [sharding.load_slice(directory, cpu, torch.float32, V) for directory in (base, value)]
+    whole = [sharding.load_slice(directory, cpu, torch.float32, None) for directory in (base, other)]
+    prompts = [tokenizer.encode("Where is the cat?") for tokenizer in tokenizers]
+    steps = []
+    for options in CHOICES[::3]:
+        for pair in (models, (models[0], None)):
+            steps += ivl.generate(*pair, [prompts[0], [1, 5]], 12, vocabulary=V, choose=sharding.chooser(V), **options)
+        steps += ivl.generate(*whole, [prompts[1]], 4, mapping=mapping, choose=sharding.chooser(None), **options)
+    return steps
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    """A base that 4 ranks can share and whose head is its own, a value model that 2 can, one with other tokens."""
+    path = tmp_path_factory.mktemp("models")
+    return [make_directory(path / "base", 1, tie_word_embeddings=False, num_attention_heads=8, num_key_value_heads=4),
+            make_directory(path / "value", 2, hidden_size=16), make_directory(path / "other", 3, bytelevel=True)]
+
+
+@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_decode_what_one_decodes(n, models):
+    result = torchrun(n, __file__, "decode", *models)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == [chosen(), decoded(*models)]
+    assert ("value: stays whole" in result.stderr) == (n > 2) and ("base: stays whole" in result.stderr) == (n == 3)
+
+
+@pytest.mark.slow
+def test_sample_under_torchrun(run, models, tmp_path):
+    args = ["--base", models[0], "--value", models[1], "--max_new_tokens", 8, "--seed", 1]
+    (tmp_path / "questions.txt").write_text("Where is the cat?\nWho?\n")
+    for given, stdin in ((["Who are you?"], ""), (["--prompts", tmp_path / "questions.txt"], ""), ([], "Who?\nWhere?\n")):
+        expected = run("sample.py", *args, *given, stdin=stdin)
+        result = torchrun(2, ROOT / "sample.py", *args, *given, stdin=stdin)
+        assert expected.returncode == result.returncode == 0, result.stderr
+        assert result.stdout == expected.stdout and result.stderr.count("tok/s") == expected.stderr.count("tok/s")
+
+
 # ---------------------------------------------------------------- memory
 
 @pytest.mark.slow
@@ -191,6 +254,13 @@ def train_and_rewrite() -> None:
 
 
 @sharding.ranks()
+def decode() -> None:
+    for directory in sys.argv[1:]:
+        assert not sharding.load_slice(directory, torch.device("cpu"), torch.float32, 300).embed.weight.shape[0] > 150
+    print(json.dumps([chosen(), decoded(*map(Path, sys.argv[1:]))]))
+
+
+@sharding.ranks()
 def load_and_measure() -> None:
     """Tells the most memory that this process had while loading, in bytes; the interpreter and its libraries included.
 
@@ -215,7 +285,7 @@ def load_and_measure() -> None:
     thread.join()
     share = sum(p.to_local().numel() * p.itemsize for p in model.parameters())
     print(json.dumps({"rank": sharding.rank(), "share": share, "before": before, "anonymous": peak[0],
-                      "resident": now("VmHWM")}), file=sys.stderr)
+                      "resident": now("VmHWM")}), file=sys.__stderr__)
 
 
 if __name__ == "__main__":
