@@ -17,7 +17,7 @@ Without torchrun there is one rank, no process group, and every function here is
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -28,8 +28,6 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 
 import files
 import model as whole
@@ -94,15 +92,13 @@ def first() -> Iterator[None]:
 
 def ask(prompt: str) -> str:
     """`input`, asked once for all ranks. Raises EOFError."""
+    if world() == 1:
+        return input(prompt)
     line = [None]
     if rank() == 0:
-        try:
+        with suppress(EOFError):
             line = [input(prompt)]
-        except EOFError:
-            if world() == 1:
-                raise
-    if world() > 1:
-        dist.broadcast_object_list(line)
+    dist.broadcast_object_list(line)
     if line[0] is None:
         raise EOFError
     return line[0]
@@ -175,6 +171,9 @@ def load(directory: str | Path, device: torch.device, dtype: torch.dtype = torch
     """
     if not dist.is_initialized():
         return whole.load(directory, device, dtype)
+    # here, since it takes a second, for which one process need not wait
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     with torch.device("meta"):
         model = Llama(Config.load(directory)).to(dtype)
     mesh = init_device_mesh(device.type, (world(),))
@@ -183,7 +182,7 @@ def load(directory: str | Path, device: torch.device, dtype: torch.dtype = torch
     for part in [*layers, model]:
         fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy() if part is model else policy)
         part.set_gradient_divide_factor(1.0)  # the sum over the ranks, not the mean
-        part.set_force_sum_reduction_for_comms(True)  # as gloo has it
+        part.set_force_sum_reduction_for_comms(True)  # a plain sum, which every backend has
     register_fsdp_forward_method(model, "hidden")  # gathers the root, and keeps it for the head until the backward pass
     model.to_empty(device=device)
     model.inv_freq = inverse_frequencies(model.config).to(device)
@@ -193,13 +192,13 @@ def load(directory: str | Path, device: torch.device, dtype: torch.dtype = torch
 
 def reshard(model: Llama) -> None:
     """Lets go of what `hidden` has gathered; a backward pass does so too. Then the parameters are shares again."""
-    if isinstance(model, FSDPModule):
+    if dist.is_initialized():
         model.reshard()
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each rank has a share. All ranks must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @torch.no_grad()
@@ -232,11 +231,11 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[st
 
 def stored(tensors, name: str, like: Tensor) -> Tensor:
     """A tensor of an open file; of one that is like a share, each rank reads its share."""
-    if not isinstance(like, DTensor):
+    if not dist.is_initialized():
         return tensors.get_tensor(name)
     start, local = first_row(like), like.to_local()
     local = tensors.get_slice(name)[start:start + len(local)].to(local)
-    return DTensor.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    return like.from_local(local, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
 # ---------------------------------------------------------------- decoding
@@ -261,8 +260,8 @@ def load_slice(directory: str | Path, device: torch.device, dtype: torch.dtype, 
     """`model.load` for decoding, each rank with its slice. Raises InputError.
 
     A slice of a Llama is a narrower Llama, so its cache is narrower too, and no product knows of the others: a hook
-    adds up after the two that give to the residual. (The plans of `parallelize_module` say the same with tensors
-    that decide before each product how to communicate, which costs more than the product of one token.)
+    adds up after the two that give to the residual. (`parallelize_module` says the same with tensors that decide
+    before each product how to communicate: of one token, the host needs four times as long for a pair of products.)
     A network of which the ranks cannot have equal numbers of key-value heads stays whole on each.
     vocabulary: the tokens that count; of their embeddings and logits each rank has a slice. None: all, on every rank.
     """
@@ -270,9 +269,9 @@ def load_slice(directory: str | Path, device: torch.device, dtype: torch.dtype, 
         return whole.load(directory, device, dtype)
     config, n = Config.load(directory), world()
     narrow = config
-    shared = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     if config.num_key_value_heads % n == 0 and config.intermediate_size % n == 0:
-        narrow = replace(config, **{field: getattr(config, field) // n for field in shared})
+        narrow = replace(config, **{field: getattr(config, field) // n for field in (
+            "num_attention_heads", "num_key_value_heads", "intermediate_size")})
     elif rank() == 0:
         print(f"{directory}: stays whole on every rank; {n} ranks cannot share its {config.num_key_value_heads} key-value "
               "heads equally", file=sys.stderr)
@@ -292,12 +291,12 @@ def load_slice(directory: str | Path, device: torch.device, dtype: torch.dtype, 
     model.to(dtype).to_empty(device=device)
     model.inv_freq = inverse_frequencies(config).to(device)
 
-    def piece(name: str, p: Tensor, of: Tensor) -> tuple[Tensor, int, int]:
-        row, column = (rank() * a if a < b else 0 for a, b in zip((*p.shape, 1), (*of.shape, 1)[:2]))
-        return p, start if name in ("embed.weight", "lm_head.weight") else row, column
 
-    parameters = zip(model.named_parameters(), plain.parameters())
-    read(directory, config, {name: piece(name, p, of) for (name, p), of in parameters})
+    pieces = {}
+    for (name, p), of in zip(model.named_parameters(), plain.parameters()):
+        row, column = (rank() * a if a < b else 0 for a, b in zip((*p.shape, 1), (*of.shape, 1)[:2]))
+        pieces[name] = p, start if name in ("embed.weight", "lm_head.weight") else row, column
+    read(directory, config, pieces)
     return model
 
 
