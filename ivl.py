@@ -20,9 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from decode import Lane, choose, record_steps
 from files import InputError
 from mapped import MappedBase
-from model import KVCache, Llama
+from model import Llama
 from vocab_map import VocabMap
 
 try:
@@ -171,29 +172,6 @@ def shared_vocabulary(base_tokens: Sequence[str | None], value_tokens: Sequence[
 
 # ---------------------------------------------------------------- decoding
 
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """The next token of each row.  logits (B, V) → (B,)
-
-    temperature 0 takes the likeliest token. top_k keeps the k likeliest (0: all); top_p keeps the fewest
-    tokens that together have probability p (1: all), always at least one.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        p = ordered.softmax(-1)
-        drop = p.cumsum(-1) - p >= top_p  # all likelier tokens together have reached top_p already
-        drop[:, 0] = False
-        logits = logits.scatter(-1, order, ordered.masked_fill(drop, -torch.inf))
-    # argmax of p / Exponential(1) is a draw from p, without waiting for the device as multinomial does
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
-
-
 @torch.inference_mode()
 def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
              alpha: float = 1.0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
@@ -211,36 +189,48 @@ def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]],
     if mapping is not None and not mapping.identity:
         reader, texts = MappedBase(base, mapping, len(prompts)), [list(prompt) for prompt in prompts]
     models = [model for model in (base if reader is None else None, value) if model is not None]
-    device, dtype = base.embed.weight.device, base.embed.weight.dtype
+    longest = max(map(len, prompts))
+    lanes = [Lane(model, len(prompts), longest + max_new_tokens) for model in models]
+    device = base.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    longest = int(lengths.max())
-    slots = longest + max_new_tokens
-    caches = [KVCache(model.config, len(prompts), slots, device, dtype) for model in models]
-    tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-    running = [True] * len(prompts)
 
-    # the first step reads the prompts, all the others one token a row
-    positions, last = None, (lengths - 1)[:, None, None]
-    for end in range(longest, slots):
-        z = [] if reader is None else [reader.next(texts)]
-        for model, cache in zip(models, caches):
-            h = model.hidden(tokens, positions, cache, end)
-            h = h.take_along_dim(last, dim=1)[:, 0]  # the unembedding is needed at a row's last token only
-            z.append(F.linear(h, model.head).float())
+    def decide(z: list[Tensor]) -> Tensor:
+        """The next token of each row, (B,), which the models are to read next."""
+        z = [part.to(device) for part in z]
         z_post = z[0] if len(z) == 1 else combine(*z, alpha)
         new = choose(z_post[:, :vocabulary], temperature, top_k, top_p, generator)
-        ids = new.tolist()
+        for lane in lanes:
+            lane.tokens.copy_(new[:, None])
+        return new
+
+    def step(end: int) -> Tensor:
+        z = [] if reader is None else [reader.next(texts)]
+        return decide(z + [lane.step(end) for lane in lanes])
+
+    # on CUDA a step is one graph, and launched before the last one's tokens are looked at: the device never waits
+    ahead = device.type == "cuda" and reader is None
+    if ahead:
+        step = record_steps(lanes, decide, generator)
+    new = decide(([] if reader is None else [reader.next(texts)]) + [lane.prefill(prompts) for lane in lanes])
+    running = [True] * len(prompts)
+    for end in range(longest + 1, longest + max_new_tokens + 1):
+        last = end == longest + max_new_tokens
+        ids = new.to("cpu", non_blocking=ahead)
+        if ahead:
+            copied = torch.cuda.current_stream(device).record_event()
+            new = None if last else step(end)
+            copied.synchronize()
+        ids = ids.tolist()
         yield [i if on else None for i, on in zip(ids, running)]
         running = [on and i not in stop for i, on in zip(ids, running)]
-        if not any(running):
+        if last or not any(running):
             return
         if reader is not None:
             if reader.full():
                 return
             texts = [[*text, i] if on else text for text, i, on in zip(texts, ids, running)]
-        positions = lengths[:, None] if positions is None else positions + 1
-        tokens, last = new[:, None], torch.zeros_like(last)
+        if not ahead:
+            new = step(end)
 
 
 # ---------------------------------------------------------------- the kernel

@@ -142,12 +142,14 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, self.kv_heads, self.group + 2, self.head_dim)
         qk = rotate(qkv[..., :-1, :], cos, sin)  # a group's queries and its key turn together
-        q, k, v = qk[..., :-1, :].flatten(2, 3), qk[..., -1, :], qkv[..., -1, :]  # (B, T, N | K | K, D)
+        q, k, v = qk[..., :-1, :], qk[..., -1, :], qkv[..., -1, :]  # (B, T, K, G, D), (B, T, K, D) twice
         if store is not None:
             k, v = store(k, v)  # (B, S, K, D)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
-                                           is_causal=mask is None, enable_gqa=self.group > 1)
-        return self.out(y.transpose(1, 2).flatten(2))
+        # of one token, the queries of a group see the same keys: G stands where time would, and no key is repeated
+        q = q[:, 0] if T == 1 else q.flatten(2, 3).transpose(1, 2)  # (B, K, G, D) or (B, N, T, D)
+        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=mask is None and T > 1,
+                                           enable_gqa=self.group > 1 and T > 1)
+        return self.out(y.flatten(1)[:, None] if T == 1 else y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -231,7 +233,8 @@ class Llama(nn.Module):
         if cache is not None:
             end = h.shape[1] if fresh else (end or cache.k.shape[2])
             if not fresh:  # from an empty cache plain causal attention is the same, and faster
-                mask = (torch.arange(end, device=h.device) <= positions[..., None])[:, None]  # (B, 1, T, end)
+                later = torch.arange(end, device=h.device) > positions[..., None]  # (B, T, end)
+                mask = torch.zeros_like(later, dtype=h.dtype).masked_fill_(later, -torch.inf)[:, None]
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 h = block(h, cos, sin, mask, lambda k, v: cache.store(i, positions, k, v, end))
