@@ -31,8 +31,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import files
 import model as whole
+from decode import choose
 from files import InputError
-from ivl import choose
 from model import Config, Llama, hf_views, inverse_frequencies, stored_tensors
 
 
@@ -48,6 +48,8 @@ def ranks() -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
+    # before there is a group: a default argument in it would keep the group, and a thread of gloo's, past the end
+    import torch.distributed.nn  # noqa: F401
     store, rank, size = next(dist.rendezvous("env://"))  # torchrun's own, so it outlives any rank
     if (local := int(os.environ["LOCAL_RANK"])) < torch.cuda.device_count():
         torch.cuda.set_device(local)
@@ -301,7 +303,7 @@ def load_slice(directory: str | Path, device: torch.device, dtype: torch.dtype, 
 
 
 def chooser(vocabulary: int | None) -> Callable[..., Tensor]:
-    """`ivl.choose` for the logits of models from `load_slice` with that `vocabulary`; all ranks get the same tokens."""
+    """`decode.choose` for the logits of models from `load_slice` with that `vocabulary`; all ranks get the same tokens."""
     if world() == 1:
         return choose
     return choose_as_rank_0 if vocabulary is None else partial(choose_from_slices, vocabulary)
@@ -316,7 +318,7 @@ def choose_as_rank_0(*args) -> Tensor:
 
 def choose_from_slices(vocabulary: int, logits: Tensor, temperature: float, top_k: int, top_p: float,
                        generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, as `ivl.choose` has it.  logits: this rank's slice, (B, n) → (B,)"""
+    """The next token of each row, as `decode.choose` has it.  logits: this rank's slice, (B, n) → (B,)"""
     start, n = cut(vocabulary, rank()), logits.shape[-1]
     score = logits.float()
     if temperature > 0:
