@@ -6,6 +6,7 @@
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"      # the base alone
     python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer, see vocab_map.py
+    torchrun --nproc_per_node 4 sample.py --base DIR ...     # a base for which one GPU is too small, see sharding.py
 
 Replies go to stdout, everything else to stderr. Ctrl-C stops a reply.
 """
@@ -24,7 +25,8 @@ from data import TEMPLATES, TextStream, Tokenizer, read_chats
 from decode import column_major
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
-from model import Llama, load
+from model import Config
+from sharding import ask, chooser, load_slice, rank, ranks, world
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")
@@ -42,12 +44,13 @@ class Speaker:
         self.mapping = VocabMap.load(args.map, base_tokenizer, self.tokenizer) if args.map else None
         self.vocabulary = (len(self.tokenizer.tokens) if self.mapping
                            else shared_vocabulary(base_tokenizer.tokens, self.tokenizer.tokens))
-        self.base = load(args.base, device, dtype)
-        base_tokenizer.check(self.base.config.vocab_size)
-        self.value = None
+        base_tokenizer.check(Config.load(args.base).vocab_size)
+        split = None if self.mapping else self.vocabulary  # a mapped base needs all of its logits
+        self.choose, self.base, self.value = chooser(split), load_slice(args.base, device, dtype, split), None
         if args.value != "none":
-            self.value = load(args.value, pick_device(args.value_device) if args.value_device else device, dtype)
-            self.tokenizer.check(self.value.config.vocab_size)
+            self.tokenizer.check(Config.load(args.value).vocab_size)
+            at = pick_device(args.value_device) if args.value_device else device
+            self.value = load_slice(args.value, at, dtype, split)
         models = [self.base] if self.value is None else [self.base, self.value]
         self.context = min(model.config.max_position_embeddings for model in models)
         if device.type == "cpu":
@@ -86,7 +89,7 @@ class Speaker:
         room = self.context - max(map(len, prompts))
         return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), alpha=a.alpha,
                         temperature=0.0 if a.greedy else a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
-                        stop=self.tokenizer.stop, vocabulary=self.vocabulary, mapping=self.mapping)
+                        stop=self.tokenizer.stop, vocabulary=self.vocabulary, mapping=self.mapping, choose=self.choose)
 
     def say(self, prompt: list[int], raw: bool = False) -> str:
         """Streams one reply to stdout and its speed to stderr. Ctrl-C ends the reply."""
@@ -119,7 +122,7 @@ def chat(speaker: Speaker) -> None:
     messages: list[dict] = []
     while True:
         try:
-            question = input(you).strip()
+            question = ask(you).strip()
         except EOFError:
             print(end="\n" if human else "")
             return
@@ -176,10 +179,11 @@ def answer_file(speaker: Speaker, path: str, out: str | None) -> None:
     print(f"{len(chats)} replies, {total / (time.perf_counter() - start):.1f} tok/s", file=sys.stderr)
     if out is None:
         print("\n".join(lines))
-    else:
+    elif rank() == 0:
         write_text(out, "\n".join(lines) + "\n")
 
 
+@ranks()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="without it: a chat")
@@ -210,6 +214,8 @@ def main() -> None:
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} = {getattr(args, name)}; it must be at least {least}")
+    if args.value_device and world() > 1:
+        raise InputError("--value_device is for one process; under torchrun both models are cut up over all devices")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top_p = {args.top_p}; it must be above 0 and at most 1")
     if args.base is None:

@@ -4,6 +4,7 @@
     python train.py --base DIR --data chats.json --out DIR           # your base, your chats; --value DIR to start from
     python train.py --base DIR --full --data chats.json --out DIR    # fine-tune the model itself: the upper line
     python train.py --base DIR --value DIR --data chats.json --evaluate   # held-out loss only, for any pair
+    torchrun --nproc_per_node 4 train.py --base DIR ...              # the same run on four GPUs, see sharding.py
 
 DIRs are Hugging Face directories. A run that was stopped goes on, step for step, with the same command
 and --resume. The losses of all steps are in OUT/log.jsonl.
@@ -12,6 +13,7 @@ and --resume. The losses of all steps are in OUT/log.jsonl.
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -23,10 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import TEMPLATES, Chats, Tokenizer, epoch_batches, read_chats, tokenize
-from files import (InputError, command, open_tensors, pick_device, pick_dtype, save_tensors, writable_folder,
-                   write_text)
+from files import InputError, command, open_tensors, pick_device, pick_dtype, writable_folder, write_text
 from ivl import shared_vocabulary, two_headed_loss
-from model import Llama, load, save
+from model import Llama
+from sharding import first, gathered, load, rank, ranks, reshard, save, save_tensors, shares, stored, total, world
 
 BILLION = 10**9
 
@@ -74,13 +76,15 @@ def forward(base: Llama | None, value: Llama, batch: tuple[Tensor, Tensor, Tenso
 def held_out_loss(base: Llama | None, value: Llama | None, chats: Chats, rows: list[int], size: int, device,
                   autocast) -> float:
     """Cross-entropy of z_post in nats per target token over the chats `rows`; value None measures the base alone."""
-    total, n = 0.0, 0
-    for part in torch.tensor(rows).split(size):
-        batch = chats.batch(part.tolist(), device)
-        pair = (base, value) if value is not None else (None, base)
-        total += forward(*pair, batch, "response", autocast)[1][0].item()
+    loss, n = 0.0, 0
+    pair = (base, value) if value is not None else (None, base)
+    for part in shares(rows, size):
+        batch = chats.batch(part, device)
+        loss += forward(*pair, batch, "response", autocast)[1][0].item()
         n += int((batch[1] >= 0).sum())
-    return total / n
+    reshard(pair[1])
+    loss, n = total(loss, n)
+    return loss / n
 
 
 def rate(step: int, steps: int, settings: Settings) -> float:
@@ -113,12 +117,14 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
     lines = log.read_text().split("\n")[:-1] if log.exists() else []  # a crash may have left half a line: not that one
     entries = [json.loads(line) for line in lines]
     keep = [entry for entry in entries if entry["run"] != name or entry["step"] < start]  # the rest is done again
-    write_text(log, "".join(json.dumps(entry) + "\n" for entry in keep))
+    if rank() == 0:
+        write_text(log, "".join(json.dumps(entry) + "\n" for entry in keep))
 
     def held_out() -> float:
         return held_out_loss(base, value, chats, held, settings.micro_batch_size, device, autocast)
 
-    with open(log, "a") as lines, tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar:
+    with (open(os.devnull if rank() else log, "a") as lines,
+          tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar):
         def note(**entry):
             lines.write(json.dumps({"run": name, **entry}) + "\n")
             lines.flush()
@@ -126,18 +132,18 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
         if start == 0:
             note(step=0, held_out_loss=held_out())
         for step in range(start, steps):
-            parts = [chats.batch(part.tolist(), device) for part in torch.tensor(batches[step]).split(
-                settings.micro_batch_size)]
+            parts = [chats.batch(part, device) for part in shares(batches[step], settings.micro_batch_size)]
             # every part is weighted by its tokens: the gradient is that of the whole batch at once
-            n = sum(int((targets >= 0).sum()) for _, targets, _ in parts)
-            counted = n if settings.norm_over == "response" else sum(targets.numel() for _, targets, _ in parts)
+            n, places = map(int, total(sum(int((targets >= 0).sum()) for _, targets, _ in parts),
+                                       sum(targets.numel() for _, targets, _ in parts)))
+            counted = n if settings.norm_over == "response" else places
             sums = torch.zeros(2, device=device)
             for part in parts:
                 loss, part_sums = forward(base, value, part, settings.norm_over, autocast, 1 / n, settings.lam / counted)
                 loss.backward()
                 sums += part_sums
-            loss, norm = sums[0].item() / n, sums[1].item() / counted
-            size = torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip)
+            loss, norm = (x / y for x, y in zip(total(*sums.tolist()), (n, counted)))
+            size = gathered(torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip))
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * rate(step, steps, settings)
             optimizer.step()
@@ -175,15 +181,17 @@ def load_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, cha
     if made_with["chats"] != chats.report:
         raise InputError(f"{path}: was made with {made_with['chats']}, not {chats.report}; resume with the same --data")
     for name, p in value.named_parameters():
-        p.copy_(tensors.get_tensor(f"value.{name}"))
-        optimizer.state[p] = {key: tensors.get_tensor(f"{key}.{name}").to(p.device)
-                              for key in ("step", "exp_avg", "exp_avg_sq")}
+        p.copy_(stored(tensors, f"value.{name}", p))
+        optimizer.state[p] = {"step": tensors.get_tensor(f"step.{name}").to(p.device), **{
+            key: stored(tensors, f"{key}.{name}", p).to(p.device) for key in ("exp_avg", "exp_avg_sq")}}
     return int(made_with["step"])
 
 
 def save_model(value: Llama, tokenizer: Tokenizer, out: Path, base: str | None, settings: Settings) -> None:
     """The trained model as a Hugging Face directory, with a note on what it is."""
     save(value, out)
+    if rank() > 0:
+        return
     tokenizer.save(out)
     kind = (f"A value model: it was trained to be added, logit by logit, to the frozen base `{base}`.\nAlone it is a "
             "difference between two models, not a chat model." if base else "A fine-tuned model.")
@@ -268,6 +276,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+@ranks()
 def main() -> None:
     args = arguments()
     device = pick_device(args.device)
@@ -275,6 +284,8 @@ def main() -> None:
         if set(k for k, x in vars(args).items() if x not in (None, False)) - {"out", "seed", "device", "dtype", "save_every"}:
             raise InputError("--base is missing: give the directory of the base model (the toy takes only --out, --seed "
                              "and --device)")
+        if world() > 1:
+            raise InputError("the toy family is made by one process: leave out torchrun, or give --base")
         return toy_story(args, device)
     if args.data is None or (args.out is None and not args.evaluate):
         raise InputError(f"{'--data' if args.data is None else '--out'} is missing")
@@ -288,15 +299,16 @@ def main() -> None:
     start = args.value or args.base
     tokenizer, base_tokenizer = Tokenizer(start, args.template), Tokenizer(args.base)
     shared = shared_vocabulary(base_tokenizer.tokens, tokenizer.tokens)
-    base = None if args.full else load(args.base, device, dtype).requires_grad_(False)
-    value = load(start, device)
+    base = None if args.full else load(args.base, device, dtype, dtype).requires_grad_(False)
+    value = load(start, device, torch.float32, dtype)
     value.checkpointing = args.checkpointing
     tokenizer.check(value.config.vocab_size)
     if base is not None:
         base_tokenizer.check(base.config.vocab_size)
     settings = Settings(**{**paper_settings(value, base), **{
         f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}})
-    chats = tokenize(args.data, tokenizer, settings.max_length)
+    with first():
+        chats = tokenize(args.data, tokenizer, settings.max_length)
     print(f"{args.data}: {chats.report}")
     if int(chats.ids.max()) >= shared:
         raise InputError(f"{args.data}: uses token {int(chats.ids.max())}, which only one of the two vocabularies has")
