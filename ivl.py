@@ -183,7 +183,7 @@ def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]],
     `stop`, and after it the row yields None. Ends when every row has stopped or after max_new_tokens.
     vocabulary: the first ids that may be chosen, see `shared_vocabulary` (default: all that both models have).
     mapping: for a base with another tokenizer; prompts and replies are in the value model's ids, equation (5), and
-    replies also end where a text fills the base's context.
+    replies also end where a text fills the base's context. choose: see `sharding.chooser`, for logits in slices.
     """
     reader = None
     if mapping is not None and not mapping.identity:

@@ -335,18 +335,16 @@ def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch
 
 @torch.no_grad()
 def save(model: Llama, directory: str | Path, dtype: torch.dtype = torch.float32, fetch: Callable | None = None) -> None:
-    """Writes `config.json` and safetensors as the Hub has them, one tensor at a time; transformers loads the result.
-    The index, by which a sharded model is found, comes last. fetch: Hub name → tensor, where the model holds none."""
-    directory, shards, offset, views = Path(directory), {}, 0, hf_views(model)
+    """Writes `config.json` and safetensors as the Hub has them. fetch: Hub name → tensor, if not the model's own."""
+    directory, shards, weight_map, offset, views = Path(directory), {}, {}, 0, hf_views(model)
     for name, view in views.items():
         shards.setdefault(offset // SHARD_BYTES, {})[name] = torch.empty(hf_shape(view), dtype=dtype, device="meta")
         offset += view.numel() * dtype.itemsize
-    weight_map = {}
     for i, shard in enumerate(shards.values(), 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_tensors(shard, directory / file, {"format": "pt"}, fetch or views.get)
         weight_map |= dict.fromkeys(shard, file)
     model.config.save(directory, dtype)
-    if len(shards) > 1:
+    if len(shards) > 1:  # last, since by its index a sharded model is found
         write_text(directory / "model.safetensors.index.json",
                    json.dumps({"metadata": {"total_size": offset}, "weight_map": weight_map}, indent=2) + "\n")

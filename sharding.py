@@ -31,8 +31,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import files
 import model as whole
+from decode import choose
 from files import InputError
-from ivl import choose
 from model import Config, Llama, hf_views, inverse_frequencies, stored_tensors
 
 
@@ -40,7 +40,7 @@ from model import Config, Llama, hf_views, inverse_frequencies, stored_tensors
 
 @contextmanager
 def ranks() -> Iterator[None]:
-    """Joins the processes that torchrun started; alone it does nothing. `@ranks()` above a script's `main`.
+    """Joins the processes that torchrun started, and ends them; alone it does nothing. `@ranks()` above a script's `main`.
 
     Rank 0 speaks. An error that all ranks meet is told once, by the first, and so is the death of a rank, which the
     others notice when they wait for it: torchrun then ends them all and names the one that died.
@@ -69,6 +69,9 @@ def ranks() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # PyTorch's caches keep the group, and so gloo's threads: one that wakes while the interpreter ends would abort it
+    os._exit(0)
 
 
 def rank() -> int:
@@ -301,7 +304,7 @@ def load_slice(directory: str | Path, device: torch.device, dtype: torch.dtype, 
 
 
 def chooser(vocabulary: int | None) -> Callable[..., Tensor]:
-    """`ivl.choose` for the logits of models from `load_slice` with that `vocabulary`; all ranks get the same tokens."""
+    """`decode.choose` for the logits of models from `load_slice` with that `vocabulary`; all ranks get the same tokens."""
     if world() == 1:
         return choose
     return choose_as_rank_0 if vocabulary is None else partial(choose_from_slices, vocabulary)
@@ -316,7 +319,7 @@ def choose_as_rank_0(*args) -> Tensor:
 
 def choose_from_slices(vocabulary: int, logits: Tensor, temperature: float, top_k: int, top_p: float,
                        generator: torch.Generator | None) -> Tensor:
-    """The next token of each row, as `ivl.choose` has it.  logits: this rank's slice, (B, n) → (B,)"""
+    """The next token of each row, as `decode.choose` has it.  logits: this rank's slice, (B, n) → (B,)"""
     start, n = cut(vocabulary, rank()), logits.shape[-1]
     score = logits.float()
     if temperature > 0:

@@ -81,7 +81,8 @@ def saved(config: Config, checkpointing: bool) -> float:
     return config.num_hidden_layers * residual + block if checkpointing else config.num_hidden_layers * block
 
 
-def training(base: Config | None, value: Config, gpus: int, tokens: int, batch: int, checkpointing: bool) -> dict[str, float]:
+def training(base: Config | None, value: Config, gpus: int, tokens: int, batch: int,
+             checkpointing: bool) -> dict[str, float]:
     """Bytes per GPU for a micro-batch of `batch` chats of `tokens` tokens; the base in bfloat16, AdamW in float32."""
     def layer(config: Config) -> int:
         return 3 * config.hidden_size * config.intermediate_size
@@ -130,8 +131,9 @@ def table(title: str, parts: dict[str, float], memory: float, remedies: dict[str
     print(f"\n{title:<58}GiB per GPU")
     for name, n in parts.items():
         print(f"  {name:<58}{n / GIB:9.2f}")
-    verdict = "fits" if fits(parts) else "does not fit; " + next(
-        (f"with {flags} it would" for flags, changed in remedies.items() if fits(changed)), "nor with any flag: take larger GPUs")
+    remedy = next((f"with {flags} it would" for flags, changed in remedies.items() if fits(changed)),
+                  "nor with any flag: take larger GPUs")
+    verdict = "fits" if fits(parts) else f"does not fit; {remedy}"
     print(f"  {'sum':<58}{sum(parts.values()) / GIB:9.2f}   {verdict}")
 
 
