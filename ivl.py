@@ -32,7 +32,7 @@ try:
 except ImportError:  # not on macOS and Windows: every kernel has a plain twin
     triton = None
 
-CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits of one model that exist at a time in the two-headed loss
+CHUNK = {"cpu": 2**21, "cuda": 2**25}  # logits of one model that exist at a time in the two-headed loss
 BLOCK = 4096  # logits of a row that the kernel holds at a time
 
 
@@ -45,7 +45,7 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     Where one model's vocabulary has a padded tail, the shared front of both counts.
     """
     V = min(z_base.shape[-1], z_delta.shape[-1])
-    return z_base[..., :V].detach() + alpha * z_delta[..., :V]
+    return torch.add(z_base[..., :V].detach(), z_delta[..., :V], alpha=alpha)
 
 
 def norm_term(z_delta: Tensor, counted: Tensor) -> Tensor:
@@ -110,8 +110,8 @@ class TwoHeadedLoss(torch.autograd.Function):
     def backward(ctx, gradient, _):
         dh, dW, keep = ctx.saved_tensors
         full = torch.zeros(*keep.shape, dh.shape[-1], device=dh.device, dtype=dh.dtype)
-        full[keep] = dh * gradient
-        return None, None, full, dW * gradient, None, None, None, None
+        full[keep] = dh.mul_(gradient)
+        return None, None, full, dW.mul_(gradient), None, None, None, None
 
 
 def two_headed_loss(h_base: Tensor | None, head_base: Tensor | None, h_value: Tensor, head_value: Tensor, targets: Tensor,

@@ -22,10 +22,11 @@ import torch
 from tqdm import tqdm
 
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
+from decode import column_major
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
 from model import Config
-from sharding import ask, chooser, load_slice, rank, ranks
+from sharding import ask, chooser, load_slice, rank, ranks, world
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")
@@ -48,9 +49,14 @@ class Speaker:
         self.choose, self.base, self.value = chooser(split), load_slice(args.base, device, dtype, split), None
         if args.value != "none":
             self.tokenizer.check(Config.load(args.value).vocab_size)
-            self.value = load_slice(args.value, device, dtype, split)
+            value_device = pick_device(args.value_device) if args.value_device else device
+            self.value = load_slice(args.value, value_device, dtype, split)
         models = [self.base] if self.value is None else [self.base, self.value]
         self.context = min(model.config.max_position_embeddings for model in models)
+        if device.type == "cpu":
+            # every product waits for its slowest thread: on a busy machine one core fewer is many times faster
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+            models = [column_major(model) for model in models]
         if args.compile:
             for model in models:
                 model.hidden = torch.compile(model.hidden, dynamic=True)
@@ -201,6 +207,7 @@ def main() -> None:
     group.add_argument("--batch_size", type=int, default=16, help="prompts at a time (16)")
     group = parser.add_argument_group("with what")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--value_device", help="of the value model, if it is to sit elsewhere than the base: cuda:1")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on CUDA")
     group.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     args = parser.parse_args()
@@ -215,6 +222,8 @@ def main() -> None:
         if not (TOY / "value" / "config.json").exists():
             raise InputError(f"{TOY} holds no models yet; run python train.py first, or give --base and --value")
         args.base, args.value = TOY / "large", args.value or TOY / "value"
+    if args.value_device and world() > 1:
+        raise InputError("--value_device: under torchrun each rank has one device; leave it out")
     if args.value is None:
         raise InputError("--value is missing: the directory of a value model, or none for the base alone")
 
