@@ -302,8 +302,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def stored_tensors(directory: Path, views: dict[str, Tensor]) -> Iterator[tuple]:
-    """The names of `views` as the directory's files hold them, each with a slice still to be read: [:] is the tensor.
-    Raises InputError for a file that is missing or damaged, and for tensors that do not fit `config.json`."""
+    """The names of `views` as a directory's files hold them, each with a slice to be read ([:]: all). Raises InputError."""
     missing = set(views)
     for file in weight_files(directory):
         for name in open_tensors(file).keys():

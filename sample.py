@@ -49,8 +49,8 @@ class Speaker:
         self.choose, self.base, self.value = chooser(split), load_slice(args.base, device, dtype, split), None
         if args.value != "none":
             self.tokenizer.check(Config.load(args.value).vocab_size)
-            at = pick_device(args.value_device) if args.value_device else device
-            self.value = load_slice(args.value, at, dtype, split)
+            value_device = pick_device(args.value_device) if args.value_device else device
+            self.value = load_slice(args.value, value_device, dtype, split)
         models = [self.base] if self.value is None else [self.base, self.value]
         self.context = min(model.config.max_position_embeddings for model in models)
         if device.type == "cpu":
@@ -224,6 +224,8 @@ def main() -> None:
         if not (TOY / "value" / "config.json").exists():
             raise InputError(f"{TOY} holds no models yet; run python train.py first, or give --base and --value")
         args.base, args.value = TOY / "large", args.value or TOY / "value"
+    if args.value_device and world() > 1:
+        raise InputError("--value_device: under torchrun each rank has one device; leave it out")
     if args.value is None:
         raise InputError("--value is missing: the directory of a value model, or none for the base alone")
 

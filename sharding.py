@@ -40,7 +40,7 @@ from model import Config, Llama, hf_views, inverse_frequencies, stored_tensors
 
 @contextmanager
 def ranks() -> Iterator[None]:
-    """Joins the processes that torchrun started; alone it does nothing. `@ranks()` above a script's `main`.
+    """Joins the processes that torchrun started, and ends them; alone it does nothing. `@ranks()` above a script's `main`.
 
     Rank 0 speaks. An error that all ranks meet is told once, by the first, and so is the death of a rank, which the
     others notice when they wait for it: torchrun then ends them all and names the one that died.
@@ -71,6 +71,9 @@ def ranks() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # PyTorch's caches keep the group, and so gloo's threads: one that wakes while the interpreter ends would abort it
+    os._exit(0)
 
 
 def rank() -> int:
