@@ -5,6 +5,7 @@
     python sample.py --base DIR --value DIR                  # a chat: /clear forgets it, /exit or Ctrl-D ends it
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"      # the base alone
+    python sample.py --base DIR --value EXPERT --antiexpert DIR "question"     # proxy tuning, three models
     python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer, see vocab_map.py
 
 Replies go to stdout, everything else to stderr. Ctrl-C stops a reply.
@@ -20,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from connections import Probe, recorded_connection
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
@@ -43,11 +45,20 @@ class Speaker:
                            else shared_vocabulary(base_tokenizer.tokens, self.tokenizer.tokens))
         self.base = load(args.base, device, dtype)
         base_tokenizer.check(self.base.config.vocab_size)
-        self.value = None
+        self.value, self.antiexpert, self.connection = None, None, "residual"
         if args.value != "none":
-            self.value = load(args.value, device, dtype)
+            self.connection = recorded_connection(args.value)
+            self.value = (Probe.load if self.connection == "probe" else load)(args.value, device, dtype)
             self.tokenizer.check(self.value.config.vocab_size)
-        models = [self.base] if self.value is None else [self.base, self.value]
+        if self.connection == "probe":
+            self.value.check([args.base])
+        if self.connection != "residual" and (args.map or args.antiexpert):
+            raise InputError(f"{args.value}: reads what its base says ({self.connection}), so it needs a base with its own "
+                             "vocabulary and no anti-expert; leave out --map and --antiexpert")
+        if args.antiexpert:
+            self.antiexpert = load(args.antiexpert, device, dtype)
+            self.vocabulary = min(self.vocabulary, shared_vocabulary(Tokenizer(args.antiexpert).tokens, self.tokenizer.tokens))
+        models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
         self.context = min(model.config.max_position_embeddings for model in models)
         if args.compile:
             for model in models:
@@ -79,7 +90,8 @@ class Speaker:
         """Steps of ids, as `ivl.generate` gives them."""
         a = self.args
         room = self.context - max(map(len, prompts))
-        return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), alpha=a.alpha,
+        return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), connection=self.connection,
+                        antiexpert=self.antiexpert, alpha=a.alpha,
                         temperature=0.0 if a.greedy else a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
                         stop=self.tokenizer.stop, vocabulary=self.vocabulary, mapping=self.mapping)
 
@@ -181,6 +193,7 @@ def main() -> None:
     group = parser.add_argument_group("models")
     group.add_argument("--base", help=f"Hugging Face directory of the base ({TOY}/large)")
     group.add_argument("--value", help=f"Hugging Face directory of the value model, or none ({TOY}/value)")
+    group.add_argument("--antiexpert", help="proxy tuning, to compare with: what --value was before it was fine-tuned")
     group.add_argument("--map", help="from the base's vocabulary to the value model's, made by vocab_map.py")
     group.add_argument("--template", choices=TEMPLATES, help="chat template (default: the directory's own, else llama-2)")
     group.add_argument("--raw", action="store_true", help="no chat template: go on with the text as it stands")
@@ -215,6 +228,8 @@ def main() -> None:
     if args.value is None:
         raise InputError("--value is missing: the directory of a value model, or none for the base alone")
 
+    if args.antiexpert and args.value == "none":
+        raise InputError("--value is missing: the expert that --antiexpert is compared with")
     if args.out:
         writable_folder(Path(args.out).parent)
     speaker = Speaker(args)
