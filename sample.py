@@ -3,6 +3,7 @@
     python sample.py "Where does Rufo live?"                 # the family that train.py made: large base + value model
     python sample.py --base DIR --value DIR "question"       # streams one reply
     python sample.py --base DIR --value DIR                  # a chat: /clear forgets it, /exit or Ctrl-D ends it
+    python sample.py --explain "question"                    # each token coloured by who decided it, see explain.py
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"      # the base alone
     python sample.py --base DIR --value EXPERT --antiexpert DIR "question"     # proxy tuning, three models
@@ -13,6 +14,7 @@ Replies go to stdout, everything else to stderr. Ctrl-C stops a reply.
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from tqdm import tqdm
 
 from connections import Probe, recorded_connection
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
+from explain import coloured, columns, page, summary, who_said
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
 from model import Llama, load
@@ -116,6 +119,16 @@ class Speaker:
               f"{plain}", file=sys.stderr)
         return text
 
+    def explain(self, prompt: list[int]) -> None:
+        """One reply, when it is whole, with who said each token; the page of it to --html."""
+        reply = [ids[0] for ids in self.replies([prompt])]
+        said = who_said(self.base, self.value, self.tokenizer, prompt, reply, connection=self.connection, alpha=self.args.alpha,
+                        antiexpert=self.antiexpert, vocabulary=self.vocabulary, mapping=self.mapping)
+        print(coloured(said, shutil.get_terminal_size().columns) if sys.stdout.isatty() else columns(said))
+        print(summary(said), file=sys.stderr)
+        if self.args.html:
+            write_text(self.args.html, page(said, self.args.question))
+
 
 def chat(speaker: Speaker) -> None:
     """Questions from stdin until /exit or its end; the replies so far are part of every prompt."""
@@ -196,6 +209,8 @@ def main() -> None:
     group.add_argument("--antiexpert", help="proxy tuning, to compare with: what --value was before it was fine-tuned")
     group.add_argument("--map", help="from the base's vocabulary to the value model's, made by vocab_map.py")
     group.add_argument("--template", choices=TEMPLATES, help="chat template (default: the directory's own, else llama-2)")
+    group.add_argument("--explain", action="store_true", help="colour each token of the reply by who decided it")
+    group.add_argument("--html", metavar="FILE", help="--explain, and as a page")
     group.add_argument("--raw", action="store_true", help="no chat template: go on with the text as it stands")
     group = parser.add_argument_group("how to choose tokens")
     group.add_argument("--alpha", type=float, default=1.0, help="strength of the value model (1.0: the paper)")
@@ -230,18 +245,24 @@ def main() -> None:
 
     if args.antiexpert and args.value == "none":
         raise InputError("--value is missing: the expert that --antiexpert is compared with")
-    if args.out:
-        writable_folder(Path(args.out).parent)
+    args.explain |= args.html is not None
+    if args.explain and (args.question is None or args.prompts or args.value == "none"):
+        raise InputError("--explain needs a question and a value model; leave out --prompts and --value none")
+    for file in filter(None, (args.out, args.html)):
+        writable_folder(Path(file).parent)
     speaker = Speaker(args)
     if args.prompts:
         answer_file(speaker, args.prompts, args.out)
     elif args.question is None:
         chat(speaker)
-    elif args.raw:
-        print(args.question, end="", flush=True)
-        speaker.say(speaker.fitting(speaker.tokenizer.encode(args.question)), raw=True)
     else:
-        speaker.say(speaker.prompt([{"role": "user", "content": args.question}]))
+        prompt = (speaker.fitting(speaker.tokenizer.encode(args.question)) if args.raw
+                  else speaker.prompt([{"role": "user", "content": args.question}]))
+        if args.explain:
+            speaker.explain(prompt)
+        else:
+            print(args.question if args.raw else "", end="", flush=True)
+            speaker.say(prompt, args.raw)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,17 @@ def test_full_fine_tuning(run, base_dir, chats_file, tmp_path):
     assert hint[:2] == ["python", "sample.py"] and reply.returncode == 0, reply.stderr
 
 
+def test_curriculum_random_and_preferences_as_a_user_runs_them(run, base_dir, value_dir, chats_file, tmp_path):
+    worse, out = tmp_path / "worse.json", tmp_path / "out"
+    worse.write_text(chats_file.read_text().replace("On the mat.", "The cat says good."))
+    given = "--data", chats_file, "--out", out, "--epochs", 1, "--lr", 1e-3, "--lam", 0.1
+    result = run("train.py", "--base", base_dir, value_dir, "--value", value_dir, "--random", "--rejected", worse, *given)
+    assert result.returncode == 0, result.stderr
+    assert f"`{base_dir}`, `{value_dir}`" in (out / "README.md").read_text() and '"beta": 0.1' in (out / "README.md").read_text()
+    assert entries(out / "log.jsonl", "norm")[0] < 0.5 < load(value_dir)(torch.tensor([[1, 20, 30]])).abs().mean()
+    assert_refused(run("train.py", "--base", base_dir, "--full", "--random", *given), "--full and --random")
+
+
 def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_path):
     def train(**changes):
         given = {"base": base_dir, "value": value_dir, "data": chats_file, "out": tmp_path / "out"} | changes
