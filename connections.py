@@ -26,7 +26,7 @@ from files import InputError, open_tensors, read_json, save_tensors, write_text
 from model import Config, KVCache, Llama
 
 CONNECTIONS = ("residual", "cascade", "cascade+", "probe")
-CHUNK = {"cpu": 2**22, "cuda": 2**25}  # logits of one model that exist at a time
+CHUNK = {"cpu": 2**21, "cuda": 2**25}  # logits of one model that exist at a time
 
 
 # ---------------------------------------------------------------- what the value model reads

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,6 +48,22 @@ class Lane:
 
     def logits(self, h: Tensor) -> Tensor:
         return F.linear(h, self.model.head).float()
+
+
+@torch.no_grad()
+def column_major(model: Llama) -> Llama:
+    """Lays the model's matrices out by columns, in place: on a CPU, products with one vector are then up to twice as fast.
+
+    The embedding stays as it is, a token is one of its rows; so a tied unembedding becomes a matrix of its own. The
+    network is the same, but `model.save` wants rows.
+    """
+    if model.lm_head is None:
+        model.lm_head = nn.Linear(*reversed(model.embed.weight.shape), bias=False, device="meta")
+        model.lm_head.weight = nn.Parameter(model.embed.weight)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.weight.data = module.weight.data.t().contiguous().t()
+    return model
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -120,7 +137,7 @@ def record_steps(lanes: Sequence[Lane], decide: Callable[[list[Tensor]], Tensor]
     meet in the choice.
     """
     first, *others = lanes
-    slots = first.cache.k.shape[2]
+    slots = first.cache.slots
     if any(lane.device != first.device for lane in others):
         steps = [recorded(lane.step, slots, [lane.positions]) for lane in lanes]
         return lambda end: decide([step(end) for step in steps])

@@ -53,8 +53,8 @@ def who_said(base: Llama, value: Llama | Probe, tokenizer: Tokenizer, prompt: Se
     else:
         h_base, reader = None, MappedBase(base, mapping, 1)
         z_base = torch.cat([reader.next([[*prompt, *reply[:t]]]) for t in range(len(reply))])
-    h = value.hidden(value_input(connection, value, ids, h_base, base.head))
-    z_delta = F.linear(h[0, first:], value.head)
+    h = value.hidden(value_input(connection, value, ids.to(value.head.device), h_base, base.head))
+    z_delta = F.linear(h[0, first:], value.head).to(z_base.device)
     if antiexpert is not None:
         z_delta = proxy(z_delta, antiexpert(ids)[0, first:])
     z_post = combine(z_base.float(), z_delta.float(), alpha)[:, :vocabulary]

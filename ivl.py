@@ -45,7 +45,7 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     Where one model's vocabulary has a padded tail, the shared front of both counts.
     """
     V = min(z_base.shape[-1], z_delta.shape[-1])
-    return z_base[..., :V].detach() + alpha * z_delta[..., :V]
+    return torch.add(z_base[..., :V].detach(), z_delta[..., :V], alpha=alpha)
 
 
 def proxy(z_expert: Tensor, z_antiexpert: Tensor) -> Tensor:
@@ -119,8 +119,8 @@ class TwoHeadedLoss(torch.autograd.Function):
     def backward(ctx, gradient, _):
         dh, dW, keep = ctx.saved_tensors
         full = torch.zeros(*keep.shape, dh.shape[-1], device=dh.device, dtype=dh.dtype)
-        full[keep] = dh * gradient
-        return None, None, full, dW * gradient, None, None, None, None
+        full[keep] = dh.mul_(gradient)
+        return None, None, full, dW.mul_(gradient), None, None, None, None
 
 
 def two_headed_loss(h_base: Tensor | None, head_base: Tensor | None, h_value: Tensor, head_value: Tensor, targets: Tensor,

@@ -58,9 +58,9 @@ class MappedBase:
         fed = [ids[start:] for start, (ids, _, _) in zip(starts, read)]
         width = max(map(len, fed))
         end, cache = max(starts) + width, self.cache
-        if end > cache.k.shape[2]:
+        if end > cache.slots:
             self.cache = KVCache(self.model.config, len(texts), 2 * end, self.device, cache.k.dtype)
-            self.cache.k[:, :, :cache.k.shape[2]], self.cache.v[:, :, :cache.k.shape[2]] = cache.k, cache.v
+            self.cache.k[..., :cache.slots, :], self.cache.v[..., :cache.slots, :] = cache.k, cache.v
         tokens = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in fed], device=self.device)
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(width, device=self.device)
         h = self.model.hidden(tokens, positions, self.cache, end)

@@ -121,12 +121,11 @@ def inverse_frequencies(config: Config) -> Tensor:
 # ---------------------------------------------------------------- network
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE: turns each pair (x[i], x[i + D/2]) by its angle. x: (..., D), cos and sin: (..., D/2)
+    """RoPE: turns each pair (x[i], x[i + D/2]) by its angle. x: (..., D); cos of the angles, twice, −sin and sin: (..., D)
 
     The Hub's layout pairs the two halves of a head; Meta's own files pair neighbours.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class Attention(nn.Module):
@@ -142,11 +141,10 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, self.kv_heads, self.group + 2, self.head_dim)
         qk = rotate(qkv[..., :-1, :], cos, sin)  # a group's queries and its key turn together
         q, k, v = qk[..., :-1, :], qk[..., -1, :], qkv[..., -1, :]  # (B, T, K, G, D), (B, T, K, D) twice
-        if store is not None:
-            k, v = store(k, v)  # (B, S, K, D)
+        k, v = (k.transpose(1, 2), v.transpose(1, 2)) if store is None else store(k, v)  # (B, K, S, D)
         # of one token, the queries of a group see the same keys: G stands where time would, and no key is repeated
         q = q[:, 0] if T == 1 else q.flatten(2, 3).transpose(1, 2)  # (B, K, G, D) or (B, N, T, D)
-        y = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), mask, is_causal=mask is None and T > 1,
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1,
                                            enable_gqa=self.group > 1 and T > 1)
         return self.out(y.flatten(1)[:, None] if T == 1 else y.transpose(1, 2).flatten(2))
 
@@ -184,16 +182,18 @@ class KVCache:
     """
 
     def __init__(self, config: Config, batch: int, slots: int, device, dtype: torch.dtype):
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+        self.slots = slots
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
         # zeros, not empty: a masked slot gets weight 0, and 0 × NaN would be NaN
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
-        self.rows = torch.arange(batch, device=device)[:, None]
 
     def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, T, K, D) at `positions` (B, T); gives the first `end` slots, (B, end, K, D)."""
-        self.k[layer, self.rows, positions] = k.to(self.k.dtype)
-        self.v[layer, self.rows, positions] = v.to(self.v.dtype)
-        return self.k[layer, :, :end], self.v[layer, :, :end]
+        """Writes k, v (B, T, K, D) at `positions` (B, T); gives the first `end` slots, (B, K, end, D)."""
+        keys, values, k, v = self.k[layer], self.v[layer], k.transpose(1, 2), v.transpose(1, 2)
+        places = positions[:, None, :, None].expand_as(k)
+        keys.scatter_(2, places, k)
+        values.scatter_(2, places, v)
+        return keys[:, :, :end], values[:, :, :end]
 
 
 class Llama(nn.Module):
@@ -227,10 +227,11 @@ class Llama(nn.Module):
         if fresh:
             positions = torch.arange(h.shape[1], device=h.device).expand(h.shape[:2])
         angles = positions[..., None].float() * self.inv_freq
-        cos, sin = (f(angles).to(h.dtype)[:, :, None, None] for f in (torch.cos, torch.sin))  # (B, T, 1, 1, D/2)
+        cos, sin = angles.cos().to(h.dtype), angles.sin().to(h.dtype)
+        cos, sin = (torch.cat(halves, -1)[:, :, None, None] for halves in ((cos, cos), (-sin, sin)))  # (B, T, 1, 1, D)
         mask = None
         if cache is not None:
-            end = h.shape[1] if fresh else (end or cache.k.shape[2])
+            end = h.shape[1] if fresh else (end or cache.slots)
             if not fresh:  # from an empty cache plain causal attention is the same, and faster
                 later = torch.arange(end, device=h.device) > positions[..., None]  # (B, T, end)
                 mask = torch.zeros_like(later, dtype=h.dtype).masked_fill_(later, -torch.inf)[:, None]

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from connections import Probe, recorded_connection
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
+from decode import column_major
 from explain import coloured, columns, page, summary, who_said
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
@@ -51,18 +52,25 @@ class Speaker:
         self.value, self.antiexpert, self.connection = None, None, "residual"
         if args.value != "none":
             self.connection = recorded_connection(args.value)
-            self.value = (Probe.load if self.connection == "probe" else load)(args.value, device, dtype)
+            place = pick_device(args.value_device) if args.value_device else device
+            self.value = (Probe.load if self.connection == "probe" else load)(args.value, place, dtype)
             self.tokenizer.check(self.value.config.vocab_size)
         if self.connection == "probe":
             self.value.check([args.base])
-        if self.connection != "residual" and (args.map or args.antiexpert):
-            raise InputError(f"{args.value}: reads what its base says ({self.connection}), so it needs a base with its own "
-                             "vocabulary and no anti-expert; leave out --map and --antiexpert")
+        for name in ("map", "antiexpert", "value_device"):
+            if self.connection != "residual" and getattr(args, name):
+                raise InputError(f"{args.value}: its connection is {self.connection}, it reads what the base says; leave out --{name}")
         if args.antiexpert:
             self.antiexpert = load(args.antiexpert, device, dtype)
             self.vocabulary = min(self.vocabulary, shared_vocabulary(Tokenizer(args.antiexpert).tokens, self.tokenizer.tokens))
         models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
         self.context = min(model.config.max_position_embeddings for model in models)
+        if device.type == "cpu":
+            # every product waits for its slowest thread: on a busy machine one core fewer is many times faster
+            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+            for model in models:
+                if isinstance(model, Llama):  # a probe is too small to matter
+                    column_major(model)
         if args.compile:
             for model in models:
                 model.hidden = torch.compile(model.hidden, dynamic=True)
@@ -94,8 +102,8 @@ class Speaker:
         a = self.args
         room = self.context - max(map(len, prompts))
         return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), connection=self.connection,
-                        antiexpert=self.antiexpert, alpha=a.alpha,
-                        temperature=0.0 if a.greedy else a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
+                        antiexpert=self.antiexpert, alpha=a.alpha, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
+                        temperature=0.0 if a.greedy else a.temperature,
                         stop=self.tokenizer.stop, vocabulary=self.vocabulary, mapping=self.mapping)
 
     def say(self, prompt: list[int], raw: bool = False) -> str:
@@ -226,6 +234,7 @@ def main() -> None:
     group.add_argument("--batch_size", type=int, default=16, help="prompts at a time (16)")
     group = parser.add_argument_group("with what")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    group.add_argument("--value_device", help="of the value model, if it is to sit elsewhere than the base: cuda:1")
     group.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on CUDA")
     group.add_argument("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     args = parser.parse_args()

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 import vocab_map
 from data import Tokenizer
+from decode import column_major
 from files import InputError, command, pick_device, pick_dtype, read_texts, write_text
 from ivl import combine, generate, loss_sums, two_headed_loss
 from model import Config, Llama, hf_shape, hf_views, inverse_frequencies
@@ -254,6 +255,10 @@ def bench_decode(shapes: list[tuple[str, str]], lengths: list[int], args: argpar
     for names in shapes:
         base, value = (random_llama(name, device, dtype, seed) for seed, name in enumerate(names))
         their_base, their_value = transformers_twin(base), transformers_twin(value)
+        if device.type == "cpu":
+            base, value = column_major(base), column_major(value)  # as sample.py does
+        if args.compile:
+            base.hidden, value.hidden = (torch.compile(model.hidden, dynamic=True) for model in (base, value))
         prompt = list(range(1, 1 + PROMPT))
         table = {}
         for tokens in lengths:
@@ -434,6 +439,7 @@ def bench_vocab_map(args: argparse.Namespace) -> list[dict]:
 
     The peer sees the first texts only, as many as --peer_texts; both work on one core.
     """
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     sides = [Spelling(Tokenizer(directory)) for directory in (args.base, args.value)]
     texts = read_texts(args.text)
     few = texts[:args.peer_texts]
@@ -484,6 +490,8 @@ def main() -> None:
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
         if name == "loss":
             sub.add_argument("--compile", action=argparse.BooleanOptionalAction, help="a compiled peer too (default: on a GPU)")
+        if name == "decode":
+            sub.add_argument("--compile", action="store_true", help="compile our models, as sample.py --compile does")
     for sub in commands.choices.values():
         sub.add_argument("--json", help="file for the rows, as JSON")
     args = parser.parse_args()
