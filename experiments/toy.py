@@ -35,10 +35,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
+from connections import Probe
 from data import TEMPLATES, Tokenizer, read_chats, tokenize
 from files import InputError, command, pick_device, read_json, writable_folder, write_text
 from model import Config, Llama, load, save
-from vocab_map import VocabMap
 
 OUT = Path("out/toy")
 PEOPLE = 250
@@ -242,12 +242,14 @@ def knows(base: Llama, tokenizer: Tokenizer, facts: list[str]) -> float:
     return sum(tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)) / len(facts)
 
 
-def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]],
-          mapping: VocabMap | None = None) -> dict:
-    """Greedy replies to the chats' questions: share in the demonstrated form, share that are right as well."""
+def score(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, chats: list[list[dict]], **how) -> dict:
+    """Greedy replies to the chats' questions: share in the demonstrated form, share that are right as well.
+
+    how: of ivl.generate: connection, antiexpert, mapping.
+    """
     prompts = [tokenizer.prompt(chat[:-1]) for chat in chats]
     form = right = 0
-    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, mapping=mapping)), chats):
+    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, **how)), chats):
         ids = [i for i in reply if i is not None]
         text = tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else ""  # a reply that never ends has no form
         form += bool(FORM.fullmatch(text))
