@@ -251,10 +251,11 @@ class Chats:
         return self.offsets.diff()
 
     def batch(self, rows: Sequence[int], device: str | torch.device = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Chats padded on the right: inputs (B, T), the targets they predict (B, T; -100: none), real (B, T) bool."""
-        T = max(int(self.offsets[i + 1] - self.offsets[i]) for i in rows) - 1
-        inputs, targets = torch.zeros(len(rows), T, dtype=torch.long), torch.full((len(rows), T), -100)
-        real = torch.zeros(len(rows), T, dtype=torch.bool)
+        """Chats padded on the right: inputs (B, T), the targets they predict (B, T; -100: none), real (B, T) bool.
+        No chats are one row of padding."""
+        T = max((int(self.offsets[i + 1] - self.offsets[i]) for i in rows), default=2) - 1
+        shape = max(1, len(rows)), T
+        inputs, targets, real = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100), torch.zeros(shape, dtype=torch.bool)
         for b, i in enumerate(rows):
             piece = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
             ids, target = self.ids[piece].long(), self.target[piece]

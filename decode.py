@@ -141,6 +141,9 @@ def record_steps(lanes: Sequence[Lane], decide: Callable[[list[Tensor]], Tensor]
     if any(lane.device != first.device for lane in others):
         steps = [recorded(lane.step, slots, [lane.positions]) for lane in lanes]
         return lambda end: decide([step(end) for step in steps])
+    state = [buffer for lane in lanes for buffer in (lane.tokens, lane.positions)]
+    if torch.distributed.is_initialized():  # sums over ranks from two streams could meet in another order on another rank
+        return recorded(lambda end: decide([lane.step(end) for lane in lanes]), slots, state, generator)
     streams = [torch.cuda.Stream(first.device) for _ in others]
 
     def step(end: int) -> Tensor:
@@ -155,4 +158,4 @@ def record_steps(lanes: Sequence[Lane], decide: Callable[[list[Tensor]], Tensor]
         for stream in streams:
             main.wait_stream(stream)
         return decide(z)
-    return recorded(step, slots, [buffer for lane in lanes for buffer in (lane.tokens, lane.positions)], generator)
+    return recorded(step, slots, state, generator)

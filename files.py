@@ -14,8 +14,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64", torch.int32: "I32",
+          torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}  # as safetensors calls them
 
 
 class InputError(Exception):
@@ -102,20 +104,31 @@ def open_tensors(path: str | Path) -> safe_open:
         raise InputError(f"{path}: not a readable safetensors file ({error}); download or make it again") from None
 
 
-def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file whole or not at all. Raises InputError."""
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:
-            raise InputError(f"{path}: cannot be written ({error}); check the folder and the free space") from None
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict[str, str],
+                 fetch: Callable[[str], Tensor] | None = None) -> None:
+    """Writes a safetensors file whole or not at all, one tensor at a time. Raises InputError.
+
+    fetch: gives what belongs under a name when its turn comes; `tensors` then only tell dtypes and shapes.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))  # so that each lies aligned
+    header, end = {"__metadata__": metadata}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, tensor in tensors.items():
+            tensor = (fetch(name) if fetch else tensor).to("cpu", tensor.dtype)
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def writable_folder(path: str | Path) -> Path:
     """Makes a folder and proves that files can be made in it, before hours are spent on filling it."""
     with replacing(Path(path) / ".writable") as temporary:
         temporary.touch()
-    (Path(path) / ".writable").unlink()
+    (Path(path) / ".writable").unlink(missing_ok=True)  # another rank may have been faster
     return Path(path)
 
 
@@ -123,6 +136,8 @@ def pick_device(name: str) -> torch.device:
     """'auto' is CUDA, else Apple's MPS, else the CPU. Raises InputError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun starts one process for each GPU
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):

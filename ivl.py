@@ -186,7 +186,7 @@ def generate(base: Llama, value: Llama | Probe | None, prompts: Sequence[Sequenc
              connection: str = "residual", antiexpert: Llama | None = None,
              alpha: float = 1.0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
              stop: Collection[int] = (), vocabulary: int | None = None,
-             mapping: VocabMap | None = None) -> Iterator[list[int | None]]:
+             mapping: VocabMap | None = None, choose=choose) -> Iterator[list[int | None]]:
     """Decodes z_post over two key-value caches; value None decodes the base alone.
 
     connection: one of connections.CONNECTIONS; all but residual need base and value on one device, and no mapping.
@@ -196,7 +196,7 @@ def generate(base: Llama, value: Llama | Probe | None, prompts: Sequence[Sequenc
     `stop`, and after it the row yields None. Ends when every row has stopped or after max_new_tokens.
     vocabulary: the first ids that may be chosen, see `shared_vocabulary` (default: all that both models have).
     mapping: for a base with another tokenizer; prompts and replies are in the value model's ids, equation (5), and
-    replies also end where a text fills the base's context.
+    replies also end where a text fills the base's context. choose: see `sharding.chooser`, for logits in slices.
     """
     reader = None
     if mapping is not None and not mapping.identity:

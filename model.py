@@ -15,6 +15,7 @@ G = N / K queries a group, D head width.
 
 import json
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -184,8 +185,7 @@ class KVCache:
     def __init__(self, config: Config, batch: int, slots: int, device, dtype: torch.dtype):
         self.slots = slots
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        # zeros, not empty: a masked slot gets weight 0, and 0 × NaN would be NaN
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in "kv")  # a masked NaN would still be NaN
 
     def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor, end: int) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, T, K, D) at `positions` (B, T); gives the first `end` slots, (B, K, end, D)."""
@@ -301,54 +301,50 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / "model.safetensors"]
 
 
+def stored_tensors(directory: Path, views: dict[str, Tensor]) -> Iterator[tuple]:
+    """The names of `views` as the directory's files hold them, each with a slice still to be read: [:] is the tensor.
+    Raises InputError for a file that is missing or damaged, and for tensors that do not fit `config.json`."""
+    missing = set(views)
+    for file in weight_files(directory):
+        for name in open_tensors(file).keys():
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and name not in views):
+                continue  # both follow from the configuration
+            if name not in views:
+                raise InputError(f"{file}: tensor {name} has no place in the model that config.json describes")
+            tensor = open_tensors(file).get_slice(name)  # opened anew: what was read of the last one leaves the memory
+            if (shape := tuple(tensor.get_shape())) != hf_shape(views[name]):
+                raise InputError(f"{file}: tensor {name} has shape {shape}; config.json asks for {hf_shape(views[name])}")
+            missing.discard(name)
+            yield name, tensor
+    if missing:
+        raise InputError(f"{directory}: tensor {min(missing)} is in none of its safetensors files ({len(missing)} missing)")
+
+
 @torch.no_grad()
 def load(directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
-    """A Llama from a Hugging Face directory. Peak memory: the model, plus one tensor of its files.
-
-    Raises InputError for a file that is missing or damaged, and for tensors that do not fit `config.json`.
-    """
-    directory = Path(directory)
+    """A Llama from a Hugging Face directory; raises InputError. Peak memory: the model, plus one tensor of its files."""
     with torch.device("meta"):
         model = Llama(Config.load(directory))
     model.to(dtype).to_empty(device=device)
     model.inv_freq = inverse_frequencies(model.config).to(device)  # in float32 whatever the dtype
     views = hf_views(model)
-    missing = set(views)
-    for file in weight_files(directory):
-        tensors = open_tensors(file)
-        for name in tensors.keys():
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and model.lm_head is None):
-                continue  # both follow from the configuration
-            if name not in views:
-                raise InputError(f"{file}: tensor {name} has no place in the model that config.json describes")
-            tensor, shape = tensors.get_tensor(name), hf_shape(views[name])
-            if tuple(tensor.shape) != shape:
-                raise InputError(f"{file}: tensor {name} has shape {tuple(tensor.shape)}; config.json asks for {shape}")
-            views[name].copy_(tensor.view(views[name].shape))
-            missing.discard(name)
-            del tensor  # before the next one is read
-    if missing:
-        raise InputError(f"{directory}: tensor {min(missing)} is in none of its safetensors files ({len(missing)} missing)")
+    for name, tensor in stored_tensors(Path(directory), views):
+        views[name].copy_(tensor[:].view(views[name].shape))
     return model
 
 
 @torch.no_grad()
-def save(model: Llama, directory: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes `config.json` and safetensors as the Hub has them; transformers loads the result.
-
-    One file at a time is gathered in memory. The index, by which a sharded model is found, comes last.
-    """
-    directory, shards, offset = Path(directory), {}, 0
-    for name, view in hf_views(model).items():
-        shards.setdefault(offset // SHARD_BYTES, {})[name] = view
+def save(model: Llama, directory: str | Path, dtype: torch.dtype = torch.float32, fetch: Callable | None = None) -> None:
+    """Writes `config.json` and safetensors as the Hub has them. fetch: Hub name → tensor, if not the model's own."""
+    directory, shards, weight_map, offset, views = Path(directory), {}, {}, 0, hf_views(model)
+    for name, view in views.items():
+        shards.setdefault(offset // SHARD_BYTES, {})[name] = torch.empty(hf_shape(view), dtype=dtype, device="meta")
         offset += view.numel() * dtype.itemsize
-    weight_map = {}
     for i, shard in enumerate(shards.values(), 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        tensors = {name: view.reshape(hf_shape(view)).to("cpu", dtype).contiguous() for name, view in shard.items()}
-        save_tensors(tensors, directory / file, {"format": "pt"})
+        save_tensors(shard, directory / file, {"format": "pt"}, fetch or views.get)
         weight_map |= dict.fromkeys(shard, file)
     model.config.save(directory, dtype)
-    if len(shards) > 1:
+    if len(shards) > 1:  # last, since by its index a sharded model is found
         write_text(directory / "model.safetensors.index.json",
                    json.dumps({"metadata": {"total_size": offset}, "weight_map": weight_map}, indent=2) + "\n")

@@ -8,6 +8,7 @@
     python sample.py --base DIR --value none "question"      # the base alone
     python sample.py --base DIR --value EXPERT --antiexpert DIR "question"     # proxy tuning, three models
     python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer, see vocab_map.py
+    torchrun --nproc_per_node 4 sample.py --base DIR ...     # a base for which one GPU is too small, see sharding.py
 
 Replies go to stdout, everything else to stderr. Ctrl-C stops a reply.
 """
@@ -29,7 +30,8 @@ from decode import column_major
 from explain import coloured, columns, page, summary, who_said
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
-from model import Llama, load
+from model import Config, Llama
+from sharding import ask, chooser, load_slice, rank, ranks, world
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")
@@ -47,22 +49,26 @@ class Speaker:
         self.mapping = VocabMap.load(args.map, base_tokenizer, self.tokenizer) if args.map else None
         self.vocabulary = (len(self.tokenizer.tokens) if self.mapping
                            else shared_vocabulary(base_tokenizer.tokens, self.tokenizer.tokens))
-        self.base = load(args.base, device, dtype)
-        base_tokenizer.check(self.base.config.vocab_size)
-        self.value, self.antiexpert, self.connection = None, None, "residual"
-        if args.value != "none":
-            self.connection = recorded_connection(args.value)
-            place = pick_device(args.value_device) if args.value_device else device
-            self.value = (Probe.load if self.connection == "probe" else load)(args.value, place, dtype)
-            self.tokenizer.check(self.value.config.vocab_size)
-        if self.connection == "probe":
-            self.value.check([args.base])
+        base_tokenizer.check(Config.load(args.base).vocab_size)
+        self.connection = "residual" if args.value == "none" else recorded_connection(args.value)
         for name in ("map", "antiexpert", "value_device"):
-            if self.connection != "residual" and getattr(args, name):
-                raise InputError(f"{args.value}: its connection is {self.connection}, it reads what the base says; leave out --{name}")
+            if self.connection != "residual" and (getattr(args, name) or world() > 1):
+                raise InputError(f"{args.value}: its connection is {self.connection}, it reads what the base says; leave out "
+                                 f"{'torchrun' if world() > 1 else f'--{name}'}")
         if args.antiexpert:
-            self.antiexpert = load(args.antiexpert, device, dtype)
             self.vocabulary = min(self.vocabulary, shared_vocabulary(Tokenizer(args.antiexpert).tokens, self.tokenizer.tokens))
+        split = None if self.mapping else self.vocabulary  # a mapped base needs all of its logits
+        self.choose, self.base = chooser(split), load_slice(args.base, device, dtype, split)
+        at = pick_device(args.value_device) if args.value_device else device
+        self.value = self.antiexpert = None
+        if self.connection == "probe":
+            self.value = Probe.load(args.value, device, dtype)
+            self.value.check([args.base])
+        elif args.value != "none":
+            self.tokenizer.check(Config.load(args.value).vocab_size)
+            self.value = load_slice(args.value, at, dtype, split)
+        if args.antiexpert:
+            self.antiexpert = load_slice(args.antiexpert, at, dtype, split)
         models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
         self.context = min(model.config.max_position_embeddings for model in models)
         if device.type == "cpu":
@@ -103,8 +109,8 @@ class Speaker:
         room = self.context - max(map(len, prompts))
         return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), connection=self.connection,
                         antiexpert=self.antiexpert, alpha=a.alpha, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
-                        temperature=0.0 if a.greedy else a.temperature,
-                        stop=self.tokenizer.stop, vocabulary=self.vocabulary, mapping=self.mapping)
+                        temperature=0.0 if a.greedy else a.temperature, stop=self.tokenizer.stop,
+                        vocabulary=self.vocabulary, mapping=self.mapping, choose=self.choose)
 
     def say(self, prompt: list[int], raw: bool = False) -> str:
         """Streams one reply to stdout and its speed to stderr. Ctrl-C ends the reply."""
@@ -147,7 +153,7 @@ def chat(speaker: Speaker) -> None:
     messages: list[dict] = []
     while True:
         try:
-            question = input(you).strip()
+            question = ask(you).strip()
         except EOFError:
             print(end="\n" if human else "")
             return
@@ -204,10 +210,11 @@ def answer_file(speaker: Speaker, path: str, out: str | None) -> None:
     print(f"{len(chats)} replies, {total / (time.perf_counter() - start):.1f} tok/s", file=sys.stderr)
     if out is None:
         print("\n".join(lines))
-    else:
+    elif rank() == 0:
         write_text(out, "\n".join(lines) + "\n")
 
 
+@ranks()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="without it: a chat")
@@ -241,6 +248,8 @@ def main() -> None:
     for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0)):
         if getattr(args, name) < least:
             raise InputError(f"--{name} = {getattr(args, name)}; it must be at least {least}")
+    if args.value_device and world() > 1:
+        raise InputError("--value_device is for one process; under torchrun both models are cut up over all devices")
     if not 0 < args.top_p <= 1:
         raise InputError(f"--top_p = {args.top_p}; it must be above 0 and at most 1")
     if args.base is None:
@@ -257,6 +266,8 @@ def main() -> None:
     args.explain |= args.html is not None
     if args.explain and (args.question is None or args.prompts or args.value == "none"):
         raise InputError("--explain needs a question and a value model; leave out --prompts and --value none")
+    if args.explain and world() > 1:
+        raise InputError("--explain looks at all logits at once: leave out torchrun")
     for file in filter(None, (args.out, args.html)):
         writable_folder(Path(file).parent)
     speaker = Speaker(args)

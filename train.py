@@ -5,6 +5,7 @@
     python train.py --base DIR --full --data chats.json --out DIR    # fine-tune the model itself: the upper line
     python train.py --base SMALL MEDIUM LARGE --data ... --out DIR   # a curriculum: the steps are divided among the bases
     python train.py --base DIR --value DIR --data chats.json --evaluate   # held-out loss only, for any pair
+    torchrun --nproc_per_node 4 train.py --base DIR ...              # the same run on four GPUs, see sharding.py
 
 DIRs are Hugging Face directories. A run that was stopped goes on, step for step, with the same command
 and --resume. The losses of all steps are in OUT/log.jsonl.
@@ -13,6 +14,7 @@ and --resume. The losses of all steps are in OUT/log.jsonl.
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -25,11 +27,11 @@ from tqdm import tqdm
 
 from connections import CONNECTIONS, Probe, record_connection, recorded_connection, value_input
 from data import TEMPLATES, Chats, Tokenizer, epoch_batches, tokenize
-from files import (InputError, command, open_tensors, pick_device, pick_dtype, save_tensors, writable_folder,
-                   write_text)
+from files import InputError, command, open_tensors, pick_device, pick_dtype, writable_folder, write_text
 from ivl import shared_vocabulary, two_headed_loss
 from losses import BETA, distillation_loss, paired, pairwise_loss
-from model import Config, Llama, load, save
+from model import Config, Llama
+from sharding import first, gathered, load, rank, ranks, reshard, save, save_tensors, shares, stored, total, world
 
 BILLION = 10**9
 
@@ -86,13 +88,15 @@ def forward(base: Llama | None, value: Llama | Probe, batch: tuple[Tensor, Tenso
 def held_out_loss(base: Llama | None, value: Llama | Probe | None, chats: Chats, rows: list[int], size: int, device,
                   autocast, connection: str = "residual") -> float:
     """Cross-entropy of z_post in nats per target token over the chats `rows`; value None measures the base alone."""
-    total, n = 0.0, 0
-    for part in torch.tensor(rows).split(size):
-        batch = chats.batch(part.tolist(), device)
-        pair = (base, value) if value is not None else (None, base)
-        total += forward(*pair, batch, "response", autocast, connection=connection)[1][0].item()
+    loss, n = 0.0, 0
+    pair = (base, value) if value is not None else (None, base)
+    for part in shares(rows, size):
+        batch = chats.batch(part, device)
+        loss += forward(*pair, batch, "response", autocast, connection=connection)[1][0].item()
         n += int((batch[1] >= 0).sum())
-    return total / n
+    reshard(pair[1])
+    loss, n = total(loss, n)
+    return loss / n
 
 
 def rate(step: int, steps: int, settings: Settings) -> float:
@@ -129,7 +133,8 @@ def train(base: Llama | None, value: Llama | Probe, chats: Chats, settings: Sett
     lines = log.read_text().split("\n")[:-1] if log.exists() else []  # a crash may have left half a line: not that one
     entries = [json.loads(line) for line in lines]
     keep = [entry for entry in entries if entry["run"] != name or entry["step"] < start]  # the rest is done again
-    write_text(log, "".join(json.dumps(entry) + "\n" for entry in keep))
+    if rank() == 0:
+        write_text(log, "".join(json.dumps(entry) + "\n" for entry in keep))
 
     def held_out() -> float:
         return held_out_loss(base, value, chats, held, settings.micro_batch_size, device, autocast, settings.connection)
@@ -137,7 +142,8 @@ def train(base: Llama | None, value: Llama | Probe, chats: Chats, settings: Sett
     def batch(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         return chats.batch(rows + [i + count for i in rows] if settings.beta else rows, device)
 
-    with open(log, "a") as lines, tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar:
+    with (open(os.devnull if rank() else log, "a") as lines,
+          tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar):
         def note(**entry):
             lines.write(json.dumps({"run": name, **entry}) + "\n")
             lines.flush()
@@ -149,10 +155,11 @@ def train(base: Llama | None, value: Llama | Probe, chats: Chats, settings: Sett
             if (now := step * (1 + len(later)) // steps) > stage:
                 stage, base = now, None  # the last base is given up before the next one is loaded
                 base = later[stage - 1]()
-            parts = [batch(part.tolist()) for part in torch.tensor(batches[step]).split(settings.micro_batch_size)]
+            parts = [batch(part) for part in shares(batches[step], settings.micro_batch_size)]
             # every part is weighted by its tokens: the gradient is that of the whole batch at once
-            tokens = sum(int((targets >= 0).sum()) for _, targets, _ in parts)
-            counted = tokens if settings.norm_over == "response" else sum(targets.numel() for _, targets, _ in parts)
+            tokens, places = map(int, total(sum(int((targets >= 0).sum()) for _, targets, _ in parts),
+                                            sum(targets.numel() for _, targets, _ in parts)))
+            counted = tokens if settings.norm_over == "response" else places
             n = len(batches[step]) if settings.beta else tokens
             sums = torch.zeros(2, device=device)
             for part in parts:
@@ -160,8 +167,8 @@ def train(base: Llama | None, value: Llama | Probe, chats: Chats, settings: Sett
                                           settings.connection, teacher, settings.beta)
                 loss.backward()
                 sums += part_sums
-            loss, norm = sums[0].item() / n, sums[1].item() / counted
-            size = torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip)
+            loss, norm = (x / y for x, y in zip(total(*sums.tolist()), (n, counted)))
+            size = gathered(torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip))
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr * rate(step, steps, settings)
             optimizer.step()
@@ -199,9 +206,9 @@ def load_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, cha
     if made_with["chats"] != chats.report:
         raise InputError(f"{path}: was made with {made_with['chats']}, not {chats.report}; resume with the same --data")
     for name, p in value.named_parameters():
-        p.copy_(tensors.get_tensor(f"value.{name}"))
-        optimizer.state[p] = {key: tensors.get_tensor(f"{key}.{name}").to(p.device)
-                              for key in ("step", "exp_avg", "exp_avg_sq")}
+        p.copy_(stored(tensors, f"value.{name}", p))
+        optimizer.state[p] = {"step": tensors.get_tensor(f"step.{name}").to(p.device), **{
+            key: stored(tensors, f"{key}.{name}", p).to(p.device) for key in ("exp_avg", "exp_avg_sq")}}
     return int(made_with["step"])
 
 
@@ -211,6 +218,8 @@ def save_model(value: Llama | Probe, tokenizer: Tokenizer, out: Path, base: str 
         value.save(out)
     else:
         save(value, out)
+    if rank() > 0:
+        return
     if base:
         record_connection(out, settings.connection)
     tokenizer.save(out)
@@ -261,6 +270,7 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+@ranks()
 def main() -> None:
     args = arguments()
     device = pick_device(args.device)
@@ -268,6 +278,8 @@ def main() -> None:
         if set(k for k, x in vars(args).items() if x not in (None, False)) - {"out", "seed", "device", "dtype", "save_every"}:
             raise InputError("--base is missing: give the directory of the base model (the toy takes only --out, --seed "
                              "and --device)")
+        if world() > 1:
+            raise InputError("the toy family is made by one process: leave out torchrun, or give --base")
         from experiments import toy
 
         return toy.story(Path(args.out or toy.OUT), args.seed, device)
@@ -286,6 +298,8 @@ def main() -> None:
         writable_folder(args.out)
     start, frozen = args.value or args.base[0], args.base + ([args.teacher] if args.teacher else [])
     connection = args.connection or (recorded_connection(args.value) if args.value else "residual")
+    if world() > 1 and (connection != "residual" or args.random or args.teacher or args.rejected):
+        raise InputError("under torchrun there is only --connection residual, without --random, --teacher and --rejected")
     tokenizer, tokenizers = Tokenizer(start, args.template), list(map(Tokenizer, frozen))
     shared = min(shared_vocabulary(other.tokens, tokenizer.tokens) for other in tokenizers)
     configs = list(map(Config.load, frozen))
@@ -293,21 +307,22 @@ def main() -> None:
         other.check(config.vocab_size)
 
     def load_frozen(directory: str) -> Llama:
-        return load(directory, device, dtype).requires_grad_(False)
+        return load(directory, device, dtype, dtype).requires_grad_(False)
 
     base = None if args.full else load_frozen(args.base[0])
     if connection == "probe":
         value = Probe.load(args.value, device) if args.value else Probe(configs[0]).init_weights(args.seed).to(device)
         value.check(args.base)
     else:
-        value = load(start, device)
+        value = load(start, device, torch.float32, dtype)
     if args.random:
         value.init_weights(args.seed)
     value.checkpointing = args.checkpointing
     tokenizer.check(value.config.vocab_size)
     settings = Settings(**{**paper_settings(value, [] if args.full else configs), "connection": connection, **{
         f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}})
-    chats = tokenize(args.data, tokenizer, settings.max_length)
+    with first():
+        chats = tokenize(args.data, tokenizer, settings.max_length)
     if args.rejected:
         chats, settings.beta = paired(chats, tokenize(args.rejected, tokenizer, settings.max_length)), BETA
     print(f"{args.data}: {chats.report}")

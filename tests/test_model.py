@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 from conftest import make_directory
+from safetensors.torch import load_file
 
 import model as ours
-from files import InputError
+from files import InputError, open_tensors, save_tensors
 
 SHAPE = dict(vocab_size=120, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
@@ -135,15 +136,35 @@ def test_no_two_tensors_of_the_files_are_held_at_once(base_dir, monkeypatch):
         def __init__(self, tensors):
             self.tensors, self.keys = tensors, tensors.keys
 
-        def get_tensor(self, name):
+        def get_slice(self, name):
+            return Slice(self.tensors.get_slice(name))
+
+    class Slice:
+        def __init__(self, tensor):
+            self.tensor, self.get_shape = tensor, tensor.get_shape
+
+        def __getitem__(self, part):
             assert all(tensor() is None for tensor in read), "an earlier tensor is still held"
-            tensor = self.tensors.get_tensor(name)
+            tensor = self.tensor[part]
             read.append(weakref.ref(tensor))
             return tensor
 
     monkeypatch.setattr(ours, "open_tensors", lambda path, real=ours.open_tensors: Watched(real(path)))
     model = ours.load(base_dir)
     assert len(read) == len(ours.hf_views(model))
+
+
+def test_tensors_of_all_kinds_are_written_as_safetensors_reads_them(tmp_path):
+    tensors = {"odd": torch.tensor([True, False, True]), "none": torch.empty(0, 3), "scalar": torch.tensor(2.5),
+               "wide": torch.tensor([1, 2**40]), "turned": torch.randn(3, 5).T, "half": torch.randn(2, 3).bfloat16()}
+    save_tensors(tensors, tmp_path / "some.safetensors", {"a": "ä"})
+    read = load_file(tmp_path / "some.safetensors")
+    assert set(read) == set(tensors) and open_tensors(tmp_path / "some.safetensors").metadata() == {"a": "ä"}
+    for name, tensor in tensors.items():
+        assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
+    header = (tmp_path / "some.safetensors").read_bytes()
+    header = json.loads(header[8:8 + int.from_bytes(header[:8], "little")])
+    assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
 
 
 # ---------------------------------------------------------------- bad input
