@@ -107,8 +107,9 @@ class Probe(nn.Module):
 
     def save(self, directory: str | Path) -> None:
         directory = Path(directory)
-        save_tensors({name: p.data for name, p in self.named_parameters()}, directory / "model.safetensors", {"format": "pt"})
-        write_text(directory / "config.json", json.dumps({"model_type": "ivl-probe", **asdict(self.config)}, indent=2) + "\n")
+        save_tensors({name: p.data for name, p in self.named_parameters()}, directory / "model.safetensors", {})
+        config = {"model_type": "ivl-probe", **asdict(self.config)}  # nobody is to take it for a Llama
+        write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> "Probe":

@@ -146,7 +146,9 @@ def page(said: Sequence[Said], question: str) -> str:
     def one(token: Said) -> str:
         text, under = html.escape(token.text), html.escape(token.base.replace("\n", "⏎"))
         title = f"{token.by}: {token.nats:+.2f} nats, p_base {token.p_base:.4f}, p_post {token.p_post:.4f}"
-        span = f'<span class="{token.by}" style="--strength: {min(1.0, abs(token.nats) / STRONG):.2f}" title="{title}">{text}</span>'
+        strength = min(1.0, abs(token.nats) / STRONG)
+        span = f'<span class="{token.by}" style="--strength: {strength:.2f}" title="{title}">{text}</span>'
         return span if token.by == "base" else f"<ruby>{span}<rt>{under}</rt></ruby>"
 
-    return PAGE.format(question=html.escape(question), reply="".join(map(one, said)), summary=summary(said), strong=STRONG)
+    return PAGE.format(question=html.escape(question), reply="".join(map(one, said)), summary=summary(said),
+                       strong=STRONG)

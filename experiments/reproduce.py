@@ -60,7 +60,7 @@ CLAIMS = [  # number, text, the paper's numbers, table, [(row, score, sign, row,
      [(("large", "small"), "right", 1, ("small", "small"), 0.0), (("large", "large"), "right", 1, ("large", "small"), 0.0)]),
     (4, "The norm term keeps more of the large base's knowledge, at a small cost in form.",
      "ARC on 7B 42.7 → 48.5, MT-Bench 4.62 → 4.55", "table1",
-     [(("large", "small norm"), "right", 1, ("large", "small"), 0.0), (("large", "small norm"), "form", 1, ("large", "small"), -0.05)]),
+     [(("large", "small norm"), key, 1, ("large", "small"), margin) for key, margin in (("right", 0.0), ("form", -0.05))]),
     (9, "Level with proxy tuning, at two models instead of three.", "Table 4: comparable on 7B", "table4",
      [(("large", "small"), "right", sign, ("large", "proxy"), -0.05) for sign in (1, -1)]),
 ]
