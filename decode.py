@@ -21,12 +21,13 @@ SHORTEST = 512  # slots of its caches that a recorded step looks at, at least; t
 class Lane:
     """A model's way through a batch of texts: its cache, and the buffers that its steps read and move on.
 
-    tokens, positions: (B, 1), what the next step reads, and where.
+    tokens, positions: (B, 1), what the next step reads, and where. h: (B, T, H), the hidden states of what it has just
+    read. reads: what the model is given for tokens (B, T), if not they themselves; it may depend on the lanes before.
     """
 
-    def __init__(self, model: Llama, rows: int, slots: int):
-        self.model, self.device = model, model.embed.weight.device
-        self.cache = KVCache(model.config, rows, slots, self.device, model.embed.weight.dtype)
+    def __init__(self, model: Llama, rows: int, slots: int, reads: Callable[[Tensor], Tensor] | None = None):
+        self.model, self.device, self.reads = model, model.head.device, reads
+        self.cache = KVCache(model.config, rows, slots, self.device, model.head.dtype)
         self.tokens, self.positions = torch.zeros(2, rows, 1, dtype=torch.long, device=self.device)
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -34,15 +35,16 @@ class Lane:
         longest = max(map(len, prompts))
         tokens = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=self.device)
         self.positions[:, 0] = torch.tensor([len(prompt) for prompt in prompts])
-        h = self.model.hidden(tokens, cache=self.cache)
+        self.h = self.model.hidden(self.reads(tokens) if self.reads else tokens, cache=self.cache)
         # the unembedding is needed at a row's last token only
-        return self.logits(h[torch.arange(len(prompts), device=self.device), self.positions[:, 0] - 1])
+        return self.logits(self.h[torch.arange(len(prompts), device=self.device), self.positions[:, 0] - 1])
 
     def step(self, end: int) -> Tensor:
         """Reads one token a row; the logits after it, (B, V). No position has reached `end`."""
-        h = self.model.hidden(self.tokens, self.positions, self.cache, end)
+        x = self.reads(self.tokens) if self.reads else self.tokens
+        self.h = self.model.hidden(x, self.positions, self.cache, end)
         self.positions += 1
-        return self.logits(h[:, 0])
+        return self.logits(self.h[:, 0])
 
     def logits(self, h: Tensor) -> Tensor:
         return F.linear(h, self.model.head).float()
@@ -131,7 +133,8 @@ def record_steps(lanes: Sequence[Lane], decide: Callable[[list[Tensor]], Tensor]
     """A step of all lanes and the choice after it, on CUDA: (end) → new tokens (B,).
 
     On one device the whole step is one graph, in which the second lane has a stream of its own: its kernels run in the
-    gaps that the first one leaves. On two devices each lane is a graph, and they meet in the choice.
+    gaps that the first one leaves, unless it has to wait for the first. On two devices each lane is a graph, and they
+    meet in the choice.
     """
     first, *others = lanes
     slots = first.cache.slots
@@ -144,6 +147,8 @@ def record_steps(lanes: Sequence[Lane], decide: Callable[[list[Tensor]], Tensor]
     streams = [torch.cuda.Stream(first.device) for _ in others]
 
     def step(end: int) -> Tensor:
+        if any(lane.reads for lane in others):
+            return decide([lane.step(end) for lane in lanes])
         main, z_others = torch.cuda.current_stream(), []
         for stream, lane in zip(streams, others):
             stream.wait_stream(main)

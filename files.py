@@ -171,5 +171,8 @@ def command(main: Callable[[], None]) -> None:
         print("error: the device is out of memory; lower --micro_batch_size or --max_length (training), "
               "--batch_size or --max_new_tokens (sampling), or choose --dtype bfloat16", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read it, `head` say, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

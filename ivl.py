@@ -4,7 +4,7 @@ A frozen base model knows things; a small value model, trained beside a small ba
 knows how to behave. They meet in the logits, so the value model can be moved to another base:
 
     z_base = π_base(x, y_<t; θ₁)                                                    equation (1)
-    z_Δ    = π_Δ(x, y_<t; θ₂)             residual: it reads the text alone         equation (2), §4.1
+    z_Δ    = π_Δ(x, y_<t; θ₂)             or reads more: see connections.py         equation (2), §4.1
     z_post = stop_gradient(z_base) + z_Δ                                            equation (3)
     L      = CE(z_post, p_l) + λ ‖z_Δ‖₁   over the tokens of the replies            equation (4), §4.2.1
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from connections import CHUNK, Probe, value_input
 from decode import Lane, choose, record_steps
 from files import InputError
 from mapped import MappedBase
@@ -32,7 +33,6 @@ try:
 except ImportError:  # not on macOS and Windows: every kernel has a plain twin
     triton = None
 
-CHUNK = {"cpu": 2**21, "cuda": 2**25}  # logits of one model that exist at a time in the two-headed loss
 BLOCK = 4096  # logits of a row that the kernel holds at a time
 
 
@@ -46,6 +46,15 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     """
     V = min(z_base.shape[-1], z_delta.shape[-1])
     return torch.add(z_base[..., :V].detach(), z_delta[..., :V], alpha=alpha)
+
+
+def proxy(z_expert: Tensor, z_antiexpert: Tensor) -> Tensor:
+    """z_Δ of proxy tuning (Liu et al., 2024; appendix D): what fine-tuning has changed in a small model.  (..., V)
+
+    Nothing is trained beside the base, but a third model runs at inference: the small model as it was before.
+    """
+    V = min(z_expert.shape[-1], z_antiexpert.shape[-1])
+    return z_expert[..., :V] - z_antiexpert[..., :V]
 
 
 def norm_term(z_delta: Tensor, counted: Tensor) -> Tensor:
@@ -173,11 +182,15 @@ def shared_vocabulary(base_tokens: Sequence[str | None], value_tokens: Sequence[
 # ---------------------------------------------------------------- decoding
 
 @torch.inference_mode()
-def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
+def generate(base: Llama, value: Llama | Probe | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
+             connection: str = "residual", antiexpert: Llama | None = None,
              alpha: float = 1.0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
              stop: Collection[int] = (), vocabulary: int | None = None,
              mapping: VocabMap | None = None, choose=choose) -> Iterator[list[int | None]]:
     """Decodes z_post over two key-value caches; value None decodes the base alone.
+
+    connection: one of connections.CONNECTIONS; all but residual need base and value on one device, and no mapping.
+    antiexpert: makes `value` the expert of proxy tuning, see `proxy`; that is a third cache.
 
     prompts: B lists of token ids, of any lengths. Each step yields B new ids; a reply's last one is a token of
     `stop`, and after it the row yields None. Ends when every row has stopped or after max_new_tokens.
@@ -188,15 +201,25 @@ def generate(base: Llama, value: Llama | None, prompts: Sequence[Sequence[int]],
     reader = None
     if mapping is not None and not mapping.identity:
         reader, texts = MappedBase(base, mapping, len(prompts)), [list(prompt) for prompt in prompts]
-    models = [model for model in (base if reader is None else None, value) if model is not None]
     longest = max(map(len, prompts))
-    lanes = [Lane(model, len(prompts), longest + max_new_tokens) for model in models]
+    size = len(prompts), longest + max_new_tokens
+
+    def reads(tokens: Tensor) -> Tensor:
+        return value_input(connection, value, tokens, lanes[0].h, base.head)
+
+    lanes = [Lane(base, *size)] if reader is None else []
+    if value is not None:
+        lanes.append(Lane(value, *size, None if connection == "residual" else reads))
+    if antiexpert is not None:
+        lanes.append(Lane(antiexpert, *size))
     device = base.embed.weight.device
     generator = torch.Generator(device).manual_seed(seed)
 
     def decide(z: list[Tensor]) -> Tensor:
         """The next token of each row, (B,), which the models are to read next."""
         z = [part.to(device) for part in z]
+        if antiexpert is not None:
+            z = [z[0], proxy(*z[1:])]
         z_post = z[0] if len(z) == 1 else combine(*z, alpha)
         new = choose(z_post[:, :vocabulary], temperature, top_k, top_p, generator)
         for lane in lanes:

@@ -3,8 +3,10 @@
     python sample.py "Where does Rufo live?"                 # the family that train.py made: large base + value model
     python sample.py --base DIR --value DIR "question"       # streams one reply
     python sample.py --base DIR --value DIR                  # a chat: /clear forgets it, /exit or Ctrl-D ends it
+    python sample.py --explain "question"                    # each token coloured by who decided it, see explain.py
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"      # the base alone
+    python sample.py --base DIR --value EXPERT --antiexpert DIR "question"     # proxy tuning, three models
     python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer, see vocab_map.py
     torchrun --nproc_per_node 4 sample.py --base DIR ...     # a base for which one GPU is too small, see sharding.py
 
@@ -13,6 +15,7 @@ Replies go to stdout, everything else to stderr. Ctrl-C stops a reply.
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -21,11 +24,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from connections import Probe, recorded_connection
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
 from decode import column_major
+from explain import coloured, columns, page, summary, who_said
 from files import InputError, command, peak_memory, pick_device, pick_dtype, read_text, writable_folder, write_text
 from ivl import generate, shared_vocabulary
-from model import Config
+from model import Config, Llama
 from sharding import ask, chooser, load_slice, rank, ranks, world
 from vocab_map import VocabMap
 
@@ -45,18 +50,33 @@ class Speaker:
         self.vocabulary = (len(self.tokenizer.tokens) if self.mapping
                            else shared_vocabulary(base_tokenizer.tokens, self.tokenizer.tokens))
         base_tokenizer.check(Config.load(args.base).vocab_size)
+        self.connection = "residual" if args.value == "none" else recorded_connection(args.value)
+        for name in ("map", "antiexpert", "value_device"):
+            if self.connection != "residual" and (getattr(args, name) or world() > 1):
+                raise InputError(f"{args.value}: its connection is {self.connection}, it reads what the base says; leave out "
+                                 f"{'torchrun' if world() > 1 else f'--{name}'}")
+        if args.antiexpert:
+            self.vocabulary = min(self.vocabulary, shared_vocabulary(Tokenizer(args.antiexpert).tokens, self.tokenizer.tokens))
         split = None if self.mapping else self.vocabulary  # a mapped base needs all of its logits
-        self.choose, self.base, self.value = chooser(split), load_slice(args.base, device, dtype, split), None
-        if args.value != "none":
+        self.choose, self.base = chooser(split), load_slice(args.base, device, dtype, split)
+        at = pick_device(args.value_device) if args.value_device else device
+        self.value = self.antiexpert = None
+        if self.connection == "probe":
+            self.value = Probe.load(args.value, device, dtype)
+            self.value.check([args.base])
+        elif args.value != "none":
             self.tokenizer.check(Config.load(args.value).vocab_size)
-            value_device = pick_device(args.value_device) if args.value_device else device
-            self.value = load_slice(args.value, value_device, dtype, split)
-        models = [self.base] if self.value is None else [self.base, self.value]
+            self.value = load_slice(args.value, at, dtype, split)
+        if args.antiexpert:
+            self.antiexpert = load_slice(args.antiexpert, at, dtype, split)
+        models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
         self.context = min(model.config.max_position_embeddings for model in models)
         if device.type == "cpu":
             # every product waits for its slowest thread: on a busy machine one core fewer is many times faster
             torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-            models = [column_major(model) for model in models]
+            for model in models:
+                if isinstance(model, Llama):  # a probe is too small to matter
+                    column_major(model)
         if args.compile:
             for model in models:
                 model.hidden = torch.compile(model.hidden, dynamic=True)
@@ -87,9 +107,10 @@ class Speaker:
         """Steps of ids, as `ivl.generate` gives them."""
         a = self.args
         room = self.context - max(map(len, prompts))
-        return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), alpha=a.alpha,
-                        temperature=0.0 if a.greedy else a.temperature, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
-                        stop=self.tokenizer.stop, vocabulary=self.vocabulary, mapping=self.mapping, choose=self.choose)
+        return generate(self.base, self.value, prompts, min(a.max_new_tokens, room), connection=self.connection,
+                        antiexpert=self.antiexpert, alpha=a.alpha, top_k=a.top_k, top_p=a.top_p, seed=a.seed,
+                        temperature=0.0 if a.greedy else a.temperature, stop=self.tokenizer.stop,
+                        vocabulary=self.vocabulary, mapping=self.mapping, choose=self.choose)
 
     def say(self, prompt: list[int], raw: bool = False) -> str:
         """Streams one reply to stdout and its speed to stderr. Ctrl-C ends the reply."""
@@ -111,6 +132,16 @@ class Speaker:
         print(f"{grey}{n} tokens, {n / seconds:.1f} tok/s, peak memory {peak_memory(self.base.embed.weight.device):.2f} GB"
               f"{plain}", file=sys.stderr)
         return text
+
+    def explain(self, prompt: list[int]) -> None:
+        """One reply, when it is whole, with who said each token; the page of it to --html."""
+        reply = [ids[0] for ids in self.replies([prompt])]
+        said = who_said(self.base, self.value, self.tokenizer, prompt, reply, connection=self.connection, alpha=self.args.alpha,
+                        antiexpert=self.antiexpert, vocabulary=self.vocabulary, mapping=self.mapping)
+        print(coloured(said, shutil.get_terminal_size().columns) if sys.stdout.isatty() else columns(said))
+        print(summary(said), file=sys.stderr)
+        if self.args.html:
+            write_text(self.args.html, page(said, self.args.question))
 
 
 def chat(speaker: Speaker) -> None:
@@ -190,8 +221,11 @@ def main() -> None:
     group = parser.add_argument_group("models")
     group.add_argument("--base", help=f"Hugging Face directory of the base ({TOY}/large)")
     group.add_argument("--value", help=f"Hugging Face directory of the value model, or none ({TOY}/value)")
+    group.add_argument("--antiexpert", help="proxy tuning, to compare with: what --value was before it was fine-tuned")
     group.add_argument("--map", help="from the base's vocabulary to the value model's, made by vocab_map.py")
     group.add_argument("--template", choices=TEMPLATES, help="chat template (default: the directory's own, else llama-2)")
+    group.add_argument("--explain", action="store_true", help="colour each token of the reply by who decided it")
+    group.add_argument("--html", metavar="FILE", help="--explain, and as a page")
     group.add_argument("--raw", action="store_true", help="no chat template: go on with the text as it stands")
     group = parser.add_argument_group("how to choose tokens")
     group.add_argument("--alpha", type=float, default=1.0, help="strength of the value model (1.0: the paper)")
@@ -229,18 +263,28 @@ def main() -> None:
     if args.value is None:
         raise InputError("--value is missing: the directory of a value model, or none for the base alone")
 
-    if args.out:
-        writable_folder(Path(args.out).parent)
+    if args.antiexpert and args.value == "none":
+        raise InputError("--value is missing: the expert that --antiexpert is compared with")
+    args.explain |= args.html is not None
+    if args.explain and (args.question is None or args.prompts or args.value == "none"):
+        raise InputError("--explain needs a question and a value model; leave out --prompts and --value none")
+    if args.explain and world() > 1:
+        raise InputError("--explain looks at all logits at once: leave out torchrun")
+    for file in filter(None, (args.out, args.html)):
+        writable_folder(Path(file).parent)
     speaker = Speaker(args)
     if args.prompts:
         answer_file(speaker, args.prompts, args.out)
     elif args.question is None:
         chat(speaker)
-    elif args.raw:
-        print(args.question, end="", flush=True)
-        speaker.say(speaker.fitting(speaker.tokenizer.encode(args.question)), raw=True)
     else:
-        speaker.say(speaker.prompt([{"role": "user", "content": args.question}]))
+        prompt = (speaker.fitting(speaker.tokenizer.encode(args.question)) if args.raw
+                  else speaker.prompt([{"role": "user", "content": args.question}]))
+        if args.explain:
+            speaker.explain(prompt)
+        else:
+            print(args.question if args.raw else "", end="", flush=True)
+            speaker.say(prompt, args.raw)
 
 
 if __name__ == "__main__":

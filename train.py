@@ -3,6 +3,7 @@
     python train.py                                                  # the toy family, end to end, on any laptop
     python train.py --base DIR --data chats.json --out DIR           # your base, your chats; --value DIR to start from
     python train.py --base DIR --full --data chats.json --out DIR    # fine-tune the model itself: the upper line
+    python train.py --base SMALL MEDIUM LARGE --data ... --out DIR   # a curriculum: the steps are divided among the bases
     python train.py --base DIR --value DIR --data chats.json --evaluate   # held-out loss only, for any pair
     torchrun --nproc_per_node 4 train.py --base DIR ...              # the same run on four GPUs, see sharding.py
 
@@ -14,20 +15,22 @@ import argparse
 import json
 import math
 import os
-import sys
-import time
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import TEMPLATES, Chats, Tokenizer, epoch_batches, read_chats, tokenize
+from connections import CONNECTIONS, Probe, record_connection, recorded_connection, value_input
+from data import TEMPLATES, Chats, Tokenizer, epoch_batches, tokenize
 from files import InputError, command, open_tensors, pick_device, pick_dtype, writable_folder, write_text
 from ivl import shared_vocabulary, two_headed_loss
-from model import Llama
+from losses import BETA, distillation_loss, paired, pairwise_loss
+from model import Config, Llama
 from sharding import first, gathered, load, rank, ranks, reshard, save, save_tensors, shares, stored, total, world
 
 BILLION = 10**9
@@ -43,6 +46,8 @@ class Settings:
     max_length: int  # tokens; longer chats are cut at a turn
     lam: float  # λ, weight of the norm term; its pull on one logit is λ / vocabulary
     norm_over: str  # "response": the reply's tokens; "all": every position, prompt and padding too (the released code)
+    connection: str = "residual"  # what the value model reads, see connections.py
+    beta: float = 0.0  # of the pairwise loss; 0: the chats are no pairs
     warmup: float = 0.04  # share of the steps, Table 5
     weight_decay: float = 0.01  # on matrices; the released scripts' value
     clip: float = 1.0  # largest norm of the gradient
@@ -50,37 +55,44 @@ class Settings:
     seed: int = 0
 
 
-def paper_settings(model: Llama, base: Llama | None) -> dict:
-    """Table 5: by the size of the model that is trained."""
+def paper_settings(model: Llama | Probe, configs: Sequence[Config]) -> dict:
+    """Table 5: by the size of the model that is trained, beside the bases that `configs` describe."""
     big = model.size() > 3 * BILLION
     return dict(lr=1e-5 if big else 1e-4, batch_size=16 if big else 32, micro_batch_size=4, epochs=3,
-                max_length=min(4096, *(m.config.max_position_embeddings for m in (model, base) if m is not None)),
-                lam=0.0 if base is None else 1.0, norm_over="response")
+                max_length=min(4096, *(config.max_position_embeddings for config in (model.config, *configs))),
+                lam=1.0 if configs else 0.0, norm_over="response")
 
 
 # ---------------------------------------------------------------- one run
 
-def forward(base: Llama | None, value: Llama, batch: tuple[Tensor, Tensor, Tensor], norm_over: str, autocast,
-            w_ce: float = 1.0, w_norm: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The weighted loss of one batch, and the sums of its two terms; base None fine-tunes `value` itself."""
+def forward(base: Llama | None, value: Llama | Probe, batch: tuple[Tensor, Tensor, Tensor], norm_over: str, autocast,
+            w_ce: float = 1.0, w_norm: float = 0.0, connection: str = "residual", teacher: Llama | None = None,
+            beta: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The weighted loss of one batch, and the sums of its two terms; base None fine-tunes `value` itself.
+
+    In cross-entropy's place stands distillation if there is a teacher, or the pairwise loss if there is a β.
+    """
     inputs, targets, real = batch
     counted = targets >= 0 if norm_over == "response" else torch.ones_like(real)
     with autocast:
         with torch.no_grad():
-            h_base = None if base is None else base.hidden(inputs)
-        return two_headed_loss(h_base, None if base is None else base.head, value.hidden(inputs), value.head, targets,
-                               counted, w_ce, w_norm)
+            h_base, head_base = (None, None) if base is None else (base.hidden(inputs), base.head)
+        h = value.hidden(value_input(connection, value, inputs, h_base, head_base))
+        given = h_base, head_base, h, value.head, targets, counted, w_ce, w_norm
+        if teacher is not None:
+            return distillation_loss(*given, teacher, inputs)
+        return pairwise_loss(*given, beta) if beta else two_headed_loss(*given)
 
 
 @torch.no_grad()
-def held_out_loss(base: Llama | None, value: Llama | None, chats: Chats, rows: list[int], size: int, device,
-                  autocast) -> float:
+def held_out_loss(base: Llama | None, value: Llama | Probe | None, chats: Chats, rows: list[int], size: int, device,
+                  autocast, connection: str = "residual") -> float:
     """Cross-entropy of z_post in nats per target token over the chats `rows`; value None measures the base alone."""
     loss, n = 0.0, 0
     pair = (base, value) if value is not None else (None, base)
     for part in shares(rows, size):
         batch = chats.batch(part, device)
-        loss += forward(*pair, batch, "response", autocast)[1][0].item()
+        loss += forward(*pair, batch, "response", autocast, connection=connection)[1][0].item()
         n += int((batch[1] >= 0).sum())
     reshard(pair[1])
     loss, n = total(loss, n)
@@ -93,16 +105,20 @@ def rate(step: int, steps: int, settings: Settings) -> float:
     return (step + 1) / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
 
 
-def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, out: Path, *, resume: bool = False,
+def train(base: Llama | None, value: Llama | Probe, chats: Chats, settings: Settings, out: Path, *,
+          later: Sequence[Callable[[], Llama]] = (), teacher: Llama | None = None, resume: bool = False,
           save_every: int = 500, autocast=nullcontext(), name: str = "value") -> None:
     """Trains `value` in place so that CE(z_post) + λ norm term falls (base None: CE of `value` alone).
 
+    later: loads the bases that follow `base` in a curriculum; each has as many of the steps (§6).
+    teacher: of the distillation; with settings.beta, chats are pairs, see `paired`.
     Each step's losses go to out/log.jsonl; every `save_every` steps all that the rest of the run depends on goes to
     out/checkpoint.safetensors, which is removed when the run is complete.
     """
-    device = value.embed.weight.device
-    order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(settings.seed))
-    cut = max(1, round(settings.held_out * len(chats)))
+    device = value.head.device
+    count = len(chats) // 2 if settings.beta else len(chats)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(settings.seed))
+    cut = max(1, round(settings.held_out * count))
     held, kept = order[:cut].tolist(), order[cut:]
     if not len(kept):
         raise InputError(f"only {len(chats)} chat is left; training and held-out loss need one each")
@@ -121,7 +137,10 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
         write_text(log, "".join(json.dumps(entry) + "\n" for entry in keep))
 
     def held_out() -> float:
-        return held_out_loss(base, value, chats, held, settings.micro_batch_size, device, autocast)
+        return held_out_loss(base, value, chats, held, settings.micro_batch_size, device, autocast, settings.connection)
+
+    def batch(rows: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        return chats.batch(rows + [i + count for i in rows] if settings.beta else rows, device)
 
     with (open(os.devnull if rank() else log, "a") as lines,
           tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar):
@@ -131,15 +150,21 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
 
         if start == 0:
             note(step=0, held_out_loss=held_out())
+        stage = 0
         for step in range(start, steps):
-            parts = [chats.batch(part, device) for part in shares(batches[step], settings.micro_batch_size)]
+            if (now := step * (1 + len(later)) // steps) > stage:
+                stage, base = now, None  # the last base is given up before the next one is loaded
+                base = later[stage - 1]()
+            parts = [batch(part) for part in shares(batches[step], settings.micro_batch_size)]
             # every part is weighted by its tokens: the gradient is that of the whole batch at once
-            n, places = map(int, total(sum(int((targets >= 0).sum()) for _, targets, _ in parts),
-                                       sum(targets.numel() for _, targets, _ in parts)))
-            counted = n if settings.norm_over == "response" else places
+            tokens, places = map(int, total(sum(int((targets >= 0).sum()) for _, targets, _ in parts),
+                                            sum(targets.numel() for _, targets, _ in parts)))
+            counted = tokens if settings.norm_over == "response" else places
+            n = len(batches[step]) if settings.beta else tokens
             sums = torch.zeros(2, device=device)
             for part in parts:
-                loss, part_sums = forward(base, value, part, settings.norm_over, autocast, 1 / n, settings.lam / counted)
+                loss, part_sums = forward(base, value, part, settings.norm_over, autocast, 1 / n, settings.lam / counted,
+                                          settings.connection, teacher, settings.beta)
                 loss.backward()
                 sums += part_sums
             loss, norm = (x / y for x, y in zip(total(*sums.tolist()), (n, counted)))
@@ -148,7 +173,7 @@ def train(base: Llama | None, value: Llama, chats: Chats, settings: Settings, ou
                 group["lr"] = settings.lr * rate(step, steps, settings)
             optimizer.step()
             optimizer.zero_grad()
-            note(step=step, loss=loss, norm=norm, gradient=size.item(), lr=group["lr"], targets=n)
+            note(step=step, loss=loss, norm=norm, gradient=size.item(), lr=group["lr"], targets=tokens)
             bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.3f}")
             bar.update()
             if (step + 1) % (steps // settings.epochs) == 0:
@@ -187,57 +212,20 @@ def load_checkpoint(path: Path, value: Llama, optimizer, settings: Settings, cha
     return int(made_with["step"])
 
 
-def save_model(value: Llama, tokenizer: Tokenizer, out: Path, base: str | None, settings: Settings) -> None:
+def save_model(value: Llama | Probe, tokenizer: Tokenizer, out: Path, base: str | None, settings: Settings) -> None:
     """The trained model as a Hugging Face directory, with a note on what it is."""
-    save(value, out)
+    if isinstance(value, Probe):
+        value.save(out)
+    else:
+        save(value, out)
     if rank() > 0:
         return
+    if base:
+        record_connection(out, settings.connection)
     tokenizer.save(out)
     kind = (f"A value model: it was trained to be added, logit by logit, to the frozen base `{base}`.\nAlone it is a "
             "difference between two models, not a chat model." if base else "A fine-tuned model.")
     write_text(out / "README.md", f"{kind}\n\n```json\n{json.dumps(asdict(settings), indent=2)}\n```\n")
-
-
-# ---------------------------------------------------------------- the toy family
-
-def toy_story(args: argparse.Namespace, device: torch.device) -> None:
-    """Behaviour from the value model, knowledge from the base: makes the family, trains, prints and writes the table."""
-    from experiments import toy
-
-    out, start = Path(args.out or toy.OUT), time.perf_counter()
-    toy.make_family(out, args.seed, device)
-    tokenizer = Tokenizer(out / "small")
-    chats = tokenize(out / "chats.jsonl", tokenizer, toy.CONTEXT)
-    questions = read_chats(out / "heldout.jsonl")
-    facts = [toy.fact_of(chat) for chat in questions]
-    rows = []
-    settings = Settings(**{**toy.VALUE_SETTINGS, "seed": args.seed})
-    value = load(out / "small", device)
-    train(load(out / "small", device).requires_grad_(False), value, chats, settings, out, name="value")
-    save_model(value, tokenizer, out / "value", str(out / "small"), settings)
-    for name in ("small", "large"):
-        base, full = load(out / name, device), load(out / name, device)
-        settings = Settings(**{**toy.VALUE_SETTINGS, **toy.FULL_SETTINGS[name], "seed": args.seed})
-        train(None, full, chats, settings, out, name=f"{name}-full")
-        save_model(full, tokenizer, out / f"{name}-full", None, settings)
-        known = toy.knows(base, tokenizer, facts)
-        for kind, pair in (("none", (base, None)), ("value", (base, value)), ("full", (full, None))):
-            rows.append({"base": name, "value": kind, "knows": known, **toy.score(*pair, tokenizer, questions),
-                         "base_parameters": base.size(), "value_parameters": pair[1].size() if pair[1] else 0})
-    seconds = time.perf_counter() - start
-    write_text(out / "results.json", json.dumps({"seed": args.seed, "seconds": round(seconds, 1), "rows": rows}, indent=2) + "\n")
-
-    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
-    titles = {"none": "alone", "value": "+ value model", "full": "fully fine-tuned"}
-    print(f"\n{len(questions)} questions about facts that no demonstration mentions\n")
-    print(f"{bold}base                       parameters   knows    form   right{plain}")
-    for row in rows:
-        mark = (bold, plain) if (row["base"], row["value"]) == ("large", "value") else ("", "")
-        print(f"{mark[0]}{row['base']:<6}{titles[row['value']]:<18}{row['base_parameters'] + row['value_parameters']:>13,}"
-              f"{row['knows']:8.2f}{row['form']:8.2f}{row['right']:8.2f}{mark[1]}")
-    print("\nThe value model was trained beside the small base alone. Plugged into the large one it has given it the\n"
-          f"demonstrated form, and the answers are what the large base knows. ({seconds:.0f} s)\n\nNow try\n"
-          f"  python sample.py --base {out}/large --value {out}/value {json.dumps(questions[0][0]['content'])}")
 
 
 # ---------------------------------------------------------------- command line
@@ -245,9 +233,15 @@ def toy_story(args: argparse.Namespace, device: torch.device) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to train (nothing: the toy family)")
-    group.add_argument("--base", help="frozen base: a Hugging Face directory")
+    group.add_argument("--base", nargs="+", help="frozen base: a Hugging Face directory; several are a curriculum")
     group.add_argument("--value", help="weights that the value model starts from (default: the base's)")
+    group.add_argument("--random", action="store_true", help="start from random weights; --value gives the shape")
+    group.add_argument("--connection", choices=CONNECTIONS, help="what the value model reads: the text (residual), the "
+                       "base's probabilities (cascade), both (cascade+), the base's hidden state (probe); default: as "
+                       "--value was trained, else residual")
     group.add_argument("--data", help="chats: ShareGPT, messages or Alpaca, .json or .jsonl")
+    group.add_argument("--teacher", help="distil this model: its probabilities instead of the chats' own tokens")
+    group.add_argument("--rejected", help="the chats of --data with worse replies: learn to prefer those of --data")
     group.add_argument("--out", help="directory of the trained model (default for the toy: out/toy)")
     group.add_argument("--full", action="store_true", help="fine-tune the base itself, without a value model")
     group.add_argument("--evaluate", action="store_true", help="print the held-out loss of the pair and train nothing")
@@ -286,42 +280,66 @@ def main() -> None:
                              "and --device)")
         if world() > 1:
             raise InputError("the toy family is made by one process: leave out torchrun, or give --base")
-        return toy_story(args, device)
+        from experiments import toy
+
+        return toy.story(Path(args.out or toy.OUT), args.seed, device)
     if args.data is None or (args.out is None and not args.evaluate):
         raise InputError(f"{'--data' if args.data is None else '--out'} is missing")
-    if args.full and args.value:
-        raise InputError("--full trains the base itself; leave out --value")
+    apart = [("full", x) for x in ("value", "random", "connection", "teacher", "rejected")]
+    for a, b in apart + [("rejected", "teacher"), ("rejected", "evaluate")]:
+        if getattr(args, a) and getattr(args, b):
+            raise InputError(f"--{a} and --{b} do not go together; leave one out")
+    if args.full and len(args.base) > 1:
+        raise InputError("--full trains the base itself; give one")
 
     dtype = pick_dtype(args.dtype, device)
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
     if args.out:
         writable_folder(args.out)
-    start = args.value or args.base
-    tokenizer, base_tokenizer = Tokenizer(start, args.template), Tokenizer(args.base)
-    shared = shared_vocabulary(base_tokenizer.tokens, tokenizer.tokens)
-    base = None if args.full else load(args.base, device, dtype, dtype).requires_grad_(False)
-    value = load(start, device, torch.float32, dtype)
+    start, frozen = args.value or args.base[0], args.base + ([args.teacher] if args.teacher else [])
+    connection = args.connection or (recorded_connection(args.value) if args.value else "residual")
+    if world() > 1 and (connection != "residual" or args.random or args.teacher or args.rejected):
+        raise InputError("under torchrun there is only --connection residual, without --random, --teacher and --rejected")
+    tokenizer, tokenizers = Tokenizer(start, args.template), list(map(Tokenizer, frozen))
+    shared = min(shared_vocabulary(other.tokens, tokenizer.tokens) for other in tokenizers)
+    configs = list(map(Config.load, frozen))
+    for other, config in zip(tokenizers, configs):
+        other.check(config.vocab_size)
+
+    def load_frozen(directory: str) -> Llama:
+        return load(directory, device, dtype, dtype).requires_grad_(False)
+
+    base = None if args.full else load_frozen(args.base[0])
+    if connection == "probe":
+        value = Probe.load(args.value, device) if args.value else Probe(configs[0]).init_weights(args.seed).to(device)
+        value.check(args.base)
+    else:
+        value = load(start, device, torch.float32, dtype)
+    if args.random:
+        value.init_weights(args.seed)
     value.checkpointing = args.checkpointing
     tokenizer.check(value.config.vocab_size)
-    if base is not None:
-        base_tokenizer.check(base.config.vocab_size)
-    settings = Settings(**{**paper_settings(value, base), **{
+    settings = Settings(**{**paper_settings(value, [] if args.full else configs), "connection": connection, **{
         f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}})
     with first():
         chats = tokenize(args.data, tokenizer, settings.max_length)
+    if args.rejected:
+        chats, settings.beta = paired(chats, tokenize(args.rejected, tokenizer, settings.max_length)), BETA
     print(f"{args.data}: {chats.report}")
     if int(chats.ids.max()) >= shared:
         raise InputError(f"{args.data}: uses token {int(chats.ids.max())}, which only one of the two vocabularies has")
     if args.evaluate:
         for name, pair in (("base alone", (base, None)), ("base + value", (base, value)))[:2 if args.value else 1]:
-            loss = held_out_loss(*pair, chats, list(range(len(chats))), settings.micro_batch_size, device, autocast)
+            loss = held_out_loss(*pair, chats, list(range(len(chats))), settings.micro_batch_size, device, autocast,
+                                 connection if pair[1] else "residual")
             print(f"{name}: {loss:.4f} nats per token")
         return
     out = Path(args.out)
-    train(base, value, chats, settings, out, resume=args.resume, save_every=args.save_every, autocast=autocast,
-          name="full" if args.full else "value")
-    save_model(value, tokenizer, out, None if args.full else args.base, settings)
-    pair = f"--base {out} --value none" if args.full else f"--base {args.base} --value {out}"
+    train(base, value, chats, settings, out, later=[partial(load_frozen, directory) for directory in args.base[1:]],
+          teacher=load_frozen(args.teacher) if args.teacher else None, resume=args.resume, save_every=args.save_every,
+          autocast=autocast, name="full" if args.full else "value")
+    save_model(value, tokenizer, out, None if args.full else "`, `".join(args.base), settings)
+    pair = f"--base {out} --value none" if args.full else f"--base {args.base[-1]} --value {out}"
     print(f"\nsaved {out}; try\n  python sample.py {pair} \"Who are you?\"")
 
 

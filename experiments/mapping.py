@@ -160,7 +160,7 @@ def transfer(args: argparse.Namespace) -> list[dict]:
     for method in METHODS:
         mapping = VocabMap.make(other, tokenizer, counted, method)
         rows.append({"base": "another vocabulary", "map": METHODS[method], "knows": toy.knows(base, other, facts),
-                     **toy.score(base, value, tokenizer, questions, mapping),
+                     **toy.score(base, value, tokenizer, questions, mapping=mapping),
                      "overlap": overlap(mapping, held)[0], "retention": retention(base, mapping, held)})
     return rows
 

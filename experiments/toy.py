@@ -22,6 +22,7 @@ import math
 import random
 import re
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,10 +35,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
-from data import TEMPLATES, Tokenizer
+from connections import Probe
+from data import TEMPLATES, Tokenizer, read_chats, tokenize
 from files import InputError, command, pick_device, read_json, writable_folder, write_text
-from model import Config, Llama, save
-from vocab_map import VocabMap
+from model import Config, Llama, load, save
 
 OUT = Path("out/toy")
 PEOPLE = 250
@@ -241,12 +242,14 @@ def knows(base: Llama, tokenizer: Tokenizer, facts: list[str]) -> float:
     return sum(tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)) / len(facts)
 
 
-def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]],
-          mapping: VocabMap | None = None) -> dict:
-    """Greedy replies to the chats' questions: share in the demonstrated form, share that are right as well."""
+def score(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, chats: list[list[dict]], **how) -> dict:
+    """Greedy replies to the chats' questions: share in the demonstrated form, share that are right as well.
+
+    how: of ivl.generate: connection, antiexpert, mapping.
+    """
     prompts = [tokenizer.prompt(chat[:-1]) for chat in chats]
     form = right = 0
-    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, mapping=mapping)), chats):
+    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, **how)), chats):
         ids = [i for i in reply if i is not None]
         text = tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else ""  # a reply that never ends has no form
         form += bool(FORM.fullmatch(text))
@@ -256,6 +259,48 @@ def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[li
 
 def fact_of(chat: list[dict]) -> str:
     return FORM.fullmatch(chat[-1]["content"])[1]
+
+
+# ---------------------------------------------------------------- the story
+
+def story(out: Path, seed: int, device: torch.device) -> None:
+    """Behaviour from the value model, knowledge from the base: makes the family, trains, prints and writes the table."""
+    from train import Settings, save_model, train  # train.py asks for this story when it is given no models
+
+    start = time.perf_counter()
+    make_family(out, seed, device)
+    tokenizer = Tokenizer(out / "small")
+    chats = tokenize(out / "chats.jsonl", tokenizer, CONTEXT)
+    questions = read_chats(out / "heldout.jsonl")
+    facts = [fact_of(chat) for chat in questions]
+    rows = []
+    settings = Settings(**{**VALUE_SETTINGS, "seed": seed})
+    value = load(out / "small", device)
+    train(load(out / "small", device).requires_grad_(False), value, chats, settings, out, name="value")
+    save_model(value, tokenizer, out / "value", str(out / "small"), settings)
+    for name in ("small", "large"):
+        base, full = load(out / name, device), load(out / name, device)
+        settings = Settings(**{**VALUE_SETTINGS, **FULL_SETTINGS[name], "seed": seed})
+        train(None, full, chats, settings, out, name=f"{name}-full")
+        save_model(full, tokenizer, out / f"{name}-full", None, settings)
+        known = knows(base, tokenizer, facts)
+        for kind, pair in (("none", (base, None)), ("value", (base, value)), ("full", (full, None))):
+            rows.append({"base": name, "value": kind, "knows": known, **score(*pair, tokenizer, questions),
+                         "base_parameters": base.size(), "value_parameters": pair[1].size() if pair[1] else 0})
+    seconds = time.perf_counter() - start
+    write_text(out / "results.json", json.dumps({"seed": seed, "seconds": round(seconds, 1), "rows": rows}, indent=2) + "\n")
+
+    bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
+    titles = {"none": "alone", "value": "+ value model", "full": "fully fine-tuned"}
+    print(f"\n{len(questions)} questions about facts that no demonstration mentions\n")
+    print(f"{bold}base                       parameters   knows    form   right{plain}")
+    for row in rows:
+        mark = (bold, plain) if (row["base"], row["value"]) == ("large", "value") else ("", "")
+        print(f"{mark[0]}{row['base']:<6}{titles[row['value']]:<18}{row['base_parameters'] + row['value_parameters']:>13,}"
+              f"{row['knows']:8.2f}{row['form']:8.2f}{row['right']:8.2f}{mark[1]}")
+    print("\nThe value model was trained beside the small base alone. Plugged into the large one it has given it the\n"
+          f"demonstrated form, and the answers are what the large base knows. ({seconds:.0f} s)\n\nNow try\n"
+          f"  python sample.py --base {out}/large --value {out}/value {json.dumps(questions[0][0]['content'])}")
 
 
 def main() -> None:

@@ -9,7 +9,9 @@ import torch
 from conftest import assert_refused
 
 import data
+import losses as losses_module
 import train as trainer
+from connections import Probe
 from model import load
 
 FAST = dict(lr=1e-2, batch_size=4, micro_batch_size=2, epochs=2, max_length=200, lam=0.1, norm_over="response", seed=3)
@@ -24,10 +26,11 @@ def setup(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     chats = data.tokenize(chats_file, data.Tokenizer(value_dir), 200)
 
-    def run(out, *, resume=False, save_every=100, base=load(base_dir), **changes):
-        value = load(value_dir)
+    def run(out, *, resume=False, save_every=100, base=load(base_dir), value=None, chats=chats, later=(), teacher=None,
+            **changes):
+        value = value or load(value_dir)
         trainer.train(base, value, chats, trainer.Settings(**FAST | changes), tmp_path / out, resume=resume,
-                      save_every=save_every)
+                      save_every=save_every, later=later, teacher=teacher)
         return value, entries(tmp_path / out / "log.jsonl")
     return run
 
@@ -96,6 +99,74 @@ def test_the_base_does_not_change(setup, base_dir):
         assert torch.equal(p, before) and p.grad is None
 
 
+def test_a_curriculum_divides_the_same_steps(setup, base_dir, tmp_path, monkeypatch):
+    _, straight = setup("straight")
+    bases, used = [load(base_dir) for _ in range(3)], []
+    for base in bases[1:]:
+        torch.nn.init.zeros_(base.norm.weight)
+
+    def forward(base, *arguments, real=trainer.forward, **more):
+        if torch.is_grad_enabled():
+            used.append(bases.index(base))
+        return real(base, *arguments, **more)
+    monkeypatch.setattr(trainer, "forward", forward)
+    later = [lambda: bases[1], lambda: bases[2]]
+    _, losses = setup("curriculum", base=bases[0], later=later, micro_batch_size=4, save_every=5)
+    assert used == 4 * [0] + 4 * [1] + 4 * [2] and len(straight) == len(losses) == 12
+    assert losses[:4] == pytest.approx(straight[:4], abs=1e-4) and losses[4] != pytest.approx(straight[4], abs=1e-2)
+
+
+def test_a_resumed_curriculum_goes_on_with_the_right_base(setup, base_dir, tmp_path, monkeypatch):
+    zero = load(base_dir)
+    torch.nn.init.zeros_(zero.norm.weight)
+    _, losses = setup("straight", later=[lambda: zero])
+
+    def crash(*arguments, real=trainer.save_checkpoint):
+        real(*arguments)
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_checkpoint", crash)
+        with pytest.raises(KeyboardInterrupt):
+            setup("stopped", save_every=9, later=[lambda: zero])
+    assert setup("stopped", resume=True, later=[lambda: zero])[1] == losses
+
+
+def test_a_probe_trains_its_own_parameters_only(setup, base_dir):
+    base, probe = load(base_dir), Probe(load(base_dir).config).init_weights(0)
+    before = [p.clone() for p in probe.parameters()]
+    _, losses = setup("a", base=base, value=probe, connection="probe")
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, old) for p, old in zip(probe.parameters(), before))
+    for p, old in zip(base.parameters(), load(base_dir).parameters()):
+        assert torch.equal(p, old) and p.grad is None
+
+
+@pytest.mark.parametrize("connection", ["cascade", "cascade+"])
+def test_cascades_learn(setup, connection):
+    _, losses = setup("a", connection=connection)
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_distillation_learns_the_teacher(setup, base_dir, tmp_path):
+    teacher = load(base_dir)
+    with torch.no_grad():
+        teacher.norm.weight.mul_(1.3)
+    _, losses = setup("a", teacher=teacher, lam=0.0)
+    assert losses[-1] < 0.9 * losses[0]
+    nothing = setup("b", teacher=load(base_dir), value=Probe(teacher.config).init_weights(0), connection="probe")[1]
+    assert nothing[0] == pytest.approx(0, abs=1e-6)  # the base teaches nothing new
+
+
+def test_preferences_are_learnt_and_micro_batches_keep_pairs_together(setup, chats_file, value_dir, tmp_path):
+    worse = tmp_path / "worse.json"
+    worse.write_text(chats_file.read_text().replace("On the mat.", "The cat says good.").replace("In garden", "It rains"))
+    tokenizer = data.Tokenizer(value_dir)
+    pairs = losses_module.paired(*(data.tokenize(file, tokenizer, 200) for file in (chats_file, worse)))
+    (_, whole), (_, parts) = (setup(str(size), chats=pairs, beta=0.1, lr=1e-3, micro_batch_size=size) for size in (4, 1))
+    assert len(whole) == 12 and whole[-1] < whole[0] - 0.1
+    torch.testing.assert_close(torch.tensor(whole), torch.tensor(parts), atol=1e-3, rtol=0)
+
+
 def test_learning_rate_warms_up_and_ends_at_zero():
     settings = trainer.Settings(**FAST, warmup=0.1)
     rates = [trainer.rate(step, 100, settings) for step in range(101)]
@@ -134,6 +205,17 @@ def test_full_fine_tuning(run, base_dir, chats_file, tmp_path):
     hint = result.stdout.strip().splitlines()[-1].split()  # the command that it ends with works as it stands
     reply = run(*hint[1:6], "--max_new_tokens", 4, "Who are you?")
     assert hint[:2] == ["python", "sample.py"] and reply.returncode == 0, reply.stderr
+
+
+def test_curriculum_random_and_preferences_as_a_user_runs_them(run, base_dir, value_dir, chats_file, tmp_path):
+    worse, out = tmp_path / "worse.json", tmp_path / "out"
+    worse.write_text(chats_file.read_text().replace("On the mat.", "The cat says good."))
+    given = "--data", chats_file, "--out", out, "--epochs", 1, "--lr", 1e-3, "--lam", 0.1
+    result = run("train.py", "--base", base_dir, value_dir, "--value", value_dir, "--random", "--rejected", worse, *given)
+    assert result.returncode == 0, result.stderr
+    assert f"`{base_dir}`, `{value_dir}`" in (out / "README.md").read_text() and '"beta": 0.1' in (out / "README.md").read_text()
+    assert entries(out / "log.jsonl", "norm")[0] < 0.5 < load(value_dir)(torch.tensor([[1, 20, 30]])).abs().mean()
+    assert_refused(run("train.py", "--base", base_dir, "--full", "--random", *given), "--full and --random")
 
 
 def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_path):
