@@ -5,6 +5,7 @@
     python experiments/bench.py loss --shape llama-3-8b llama-3.2-1b --tokens 16384
     python experiments/bench.py train-step --shape tinyllama-1.1b tinyllama-1.1b --tokens 4096
     python experiments/bench.py vocab-map --base DIR --value DIR --text FILE
+    python experiments/bench.py plan --base llama-2-70b --value tinyllama-1.1b --gpus 4 --gpu h100   # measures nothing
 
 A line is one comparison: ours, the peer, and the ratio, which is above 1 where ours is better. Models have a published
 shape and random weights, the same on both sides. After a warm-up the two sides take turns, and the medians are compared.
@@ -21,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,24 +37,18 @@ import train
 import vocab_map
 from data import Tokenizer
 from decode import column_major
+from experiments import plan
 from files import InputError, command, pick_device, pick_dtype, read_texts, write_text
 from ivl import combine, generate, loss_sums, two_headed_loss
 from model import Config, Llama, hf_shape, hf_views, inverse_frequencies
 from spelling import Spelling
 
-SHAPES = {  # vocabulary, hidden, MLP, layers, query heads, key-value heads, tied
-    "toy-small": (1536, 64, 128, 2, 2, 2, True),
-    "toy-large": (1536, 128, 320, 3, 4, 4, True),
-    "24m": (32000, 256, 1280, 6, 4, 4, False),
-    "58m": (32000, 512, 2048, 6, 8, 8, False),
-    "tinyllama-1.1b": (32000, 2048, 5632, 22, 32, 4, False),
-    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, True),
-    "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, True),
-    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, False),
-    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, False),
-    "llama-2-13b": (32000, 5120, 13824, 40, 40, 40, False),
-    "llama-2-70b": (32000, 8192, 28672, 80, 64, 8, False),
-}
+SHAPES = {  # with room for 8192 positions
+    "toy-small": Config(1536, 64, 128, 2, 2, 2, 32, 8192, tie_word_embeddings=True),
+    "toy-large": Config(1536, 128, 320, 3, 4, 4, 32, 8192, tie_word_embeddings=True),
+    "24m": Config(32000, 256, 1280, 6, 4, 4, 64, 8192),
+    "58m": Config(32000, 512, 2048, 6, 8, 8, 64, 8192),
+} | {name: replace(config, max_position_embeddings=8192) for name, config in plan.SHAPES.items()}
 DEFAULTS = {  # what each bench takes where the command line says nothing: pairs of base and value, tokens
     "decode": {"cpu": ([("toy-large", "toy-small"), ("58m", "24m")], [256]),
                "cuda": ([("llama-2-7b", "tinyllama-1.1b")], [128, 512, 1024])},
@@ -162,8 +157,7 @@ def machine(device: torch.device) -> str:
 def config_of(name: str) -> Config:
     if name not in SHAPES:
         raise InputError(f"--shape {name}: is none of the shapes {', '.join(SHAPES)}")
-    vocabulary, hidden, mlp, layers, heads, kv_heads, tied = SHAPES[name]
-    return Config(vocabulary, hidden, mlp, layers, heads, kv_heads, hidden // heads, 8192, tie_word_embeddings=tied)
+    return SHAPES[name]
 
 
 @torch.no_grad()
@@ -494,7 +488,10 @@ def main() -> None:
             sub.add_argument("--compile", action="store_true", help="compile our models, as sample.py --compile does")
     for sub in commands.choices.values():
         sub.add_argument("--json", help="file for the rows, as JSON")
+    plan.add_arguments(commands.add_parser("plan", help="what a pair of models would need on other machines, see plan.py"))
     args = parser.parse_args()
+    if args.what == "plan":
+        return plan.plan(args)
 
     args.device = pick_device(args.device)
     if args.device.type not in ("cpu", "cuda"):

@@ -1,6 +1,6 @@
 """What a pair of models needs on so many GPUs, from their configurations alone.
 
-    python experiments/plan.py --base llama-2-70b --value tinyllama-1.1b --gpus 4 --gpu h100
+    python experiments/bench.py plan --base llama-2-70b --value tinyllama-1.1b --gpus 4 --gpu h100
 
 Memory, in GiB per GPU, is what the arithmetic of this repository keeps at its peak. What the driver and fragmentation
 take comes on top, so a tenth of a GPU is left free. The time is a bound: for each token every weight and every cached
@@ -8,13 +8,11 @@ key and value is read once, at full bandwidth. The memory agrees with Table 3 of
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from files import InputError, command
+from files import InputError
 from ivl import CHUNK
 from model import Config, Llama
 
@@ -177,9 +175,3 @@ def plan(args: argparse.Namespace) -> None:
           training(*trained, args.gpus, args.tokens, args.micro_batch_size, args.checkpointing), memory,
           {f"--gpus {n} --micro_batch_size {size}" + checkpointing * " --checkpointing":
            training(*trained, n, args.tokens, size, checkpointing) for n, size, checkpointing in alternatives})
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser)
-    command(lambda: plan(parser.parse_args()))
