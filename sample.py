@@ -258,8 +258,6 @@ def main() -> None:
         if not (TOY / "value" / "config.json").exists():
             raise InputError(f"{TOY} holds no models yet; run python train.py first, or give --base and --value")
         args.base, args.value = TOY / "large", args.value or TOY / "value"
-    if args.value_device and world() > 1:
-        raise InputError("--value_device: under torchrun each rank has one device; leave it out")
     if args.value is None:
         raise InputError("--value is missing: the directory of a value model, or none for the base alone")
 

@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--value", default="none", help="likewise, or none")
     parser.add_argument("--gpus", type=int, default=1, help="how many (1)")
     parser.add_argument("--gpu", choices=GPUS, default="h100", help="of which kind (h100)")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a text, prompt and reply, or of a chat to learn from (4096)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a text, prompt and reply, or of a chat (4096)")
     parser.add_argument("--batch_size", type=int, default=1, help="texts that are decoded at a time (1)")
     parser.add_argument("--micro_batch_size", type=int, default=4, help="chats that are learnt from at a time (4)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
@@ -154,8 +154,8 @@ def plan(args: argparse.Namespace) -> None:
             raise InputError(f"--{name} = {getattr(args, name)}; it must be at least 1")
     base, value = shape(args.base), None if args.value == "none" else shape(args.value)
     if split(base, args.gpus) != args.gpus:
-        raise InputError(f"--gpus {args.gpus}: decoding splits {args.base} by its {base.num_key_value_heads} key-value heads; "
-                         "take a number that divides them")
+        raise InputError(f"--gpus {args.gpus}: decoding splits {args.base} by its {base.num_key_value_heads} key-value "
+                         "heads; take a number that divides them")
     memory, bandwidth = GPUS[args.gpu]
     more = [n for n in range(args.gpus + 1, base.num_key_value_heads + 1) if split(base, n) == n]
     pair = args.base if value is None else f"{args.base} + {args.value}"
