@@ -14,6 +14,7 @@ from connections import CONNECTIONS, Probe, value_input
 from data import TextStream, Tokenizer
 from files import InputError
 from model import load
+from vocab_map import VocabMap
 
 PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]
 
@@ -177,3 +178,15 @@ def test_train_then_evaluate_then_sample(run, base_dir, value_dir, chats_file, t
         assert_refused(run("sample.py", "--base", value_dir, "--value", out, "hello"), "a probe belongs to its base")
     else:
         assert_refused(run("sample.py", "--base", base_dir, "--value", out, "--antiexpert", value_dir, "hello"), "cascade+")
+
+
+@pytest.mark.parametrize("option", ["--map", "--antiexpert", "--value_device"])
+def test_what_waits_for_the_base_cannot_do_without_it(run, base_dir, value_dir, tmp_path, option):
+    shutil.copytree(value_dir, tmp_path / "value")
+    connections.record_connection(tmp_path / "value", "cascade")
+    given = {"--map": tmp_path / "map.safetensors", "--antiexpert": value_dir, "--value_device": "cpu"}[option]
+    if option == "--map":
+        made = VocabMap.make(Tokenizer(base_dir), Tokenizer(value_dir), ["The cat"])
+        made.save(given)
+    assert_refused(run("sample.py", "--base", base_dir, "--value", tmp_path / "value", option, given, "cat?"),
+                   "cascade", f"leave out {option}")
