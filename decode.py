@@ -142,13 +142,12 @@ def record_steps(lanes: Sequence[Lane], decide: Callable[[list[Tensor]], Tensor]
         steps = [recorded(lane.step, slots, [lane.positions]) for lane in lanes]
         return lambda end: decide([step(end) for step in steps])
     state = [buffer for lane in lanes for buffer in (lane.tokens, lane.positions)]
-    if torch.distributed.is_initialized():  # sums over ranks from two streams could meet in another order on another rank
+    # what reads the first lane waits for it; sums over ranks from two streams could meet in another order on another rank
+    if torch.distributed.is_initialized() or any(lane.reads for lane in others):
         return recorded(lambda end: decide([lane.step(end) for lane in lanes]), slots, state, generator)
     streams = [torch.cuda.Stream(first.device) for _ in others]
 
     def step(end: int) -> Tensor:
-        if any(lane.reads for lane in others):
-            return decide([lane.step(end) for lane in lanes])
         main, z_others = torch.cuda.current_stream(), []
         for stream, lane in zip(streams, others):
             stream.wait_stream(main)

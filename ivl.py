@@ -189,14 +189,14 @@ def generate(base: Llama, value: Llama | Probe | None, prompts: Sequence[Sequenc
              mapping: VocabMap | None = None, choose=choose) -> Iterator[list[int | None]]:
     """Decodes z_post over two key-value caches; value None decodes the base alone.
 
-    connection: one of connections.CONNECTIONS; all but residual need base and value on one device, and no mapping.
-    antiexpert: makes `value` the expert of proxy tuning, see `proxy`; that is a third cache.
-
     prompts: B lists of token ids, of any lengths. Each step yields B new ids; a reply's last one is a token of
     `stop`, and after it the row yields None. Ends when every row has stopped or after max_new_tokens.
     vocabulary: the first ids that may be chosen, see `shared_vocabulary` (default: all that both models have).
     mapping: for a base with another tokenizer; prompts and replies are in the value model's ids, equation (5), and
-    replies also end where a text fills the base's context. choose: see `sharding.chooser`, for logits in slices.
+    replies also end where a text fills the base's context.
+    connection: one of connections.CONNECTIONS; all but residual need base and value on one device, and no mapping.
+    antiexpert: makes `value` the expert of proxy tuning, see `proxy`; that is a third cache.
+    choose: see `sharding.chooser`, for logits in slices.
     """
     reader = None
     if mapping is not None and not mapping.identity:

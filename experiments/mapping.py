@@ -181,8 +181,10 @@ def main() -> None:
         sub.add_argument("--base", required=True, help="directory of the base")
         sub.add_argument("--value", required=True, help="directory of the value model, or of its tokenizer")
         sub.add_argument("--text", required=True, nargs="+" if name == "overlap" else None, help="texts, held-out ones included")
-        sub.add_argument("--few", type=int, default=200, help="texts of a file that Algorithm 1 sees (200)")
-        sub.add_argument("--held", type=int, default=24, help="held-out texts that models are asked about (24)")
+        if name != "lookahead":
+            sub.add_argument("--few", type=int, default=200, help="texts of a file that Algorithm 1 sees (200)")
+        if name != "overlap":
+            sub.add_argument("--held", type=int, default=24, help="held-out texts that models are asked about (24)")
         if name == "lookahead":
             sub.add_argument("--depth", type=int, default=3, help="how far ahead, in tokens of the base (3)")
             sub.add_argument("--width", type=int, default=8, help="strings that are read on at each length (8)")
