@@ -79,6 +79,12 @@ def value_dir(tmp_path_factory) -> Path:
                           num_key_value_heads=1)
 
 
+@pytest.fixture(scope="session")
+def other_dir(tmp_path_factory) -> Path:
+    """A value model whose tokenizer is byte-level."""
+    return make_directory(tmp_path_factory.mktemp("models") / "other", seed=3, bytelevel=True)
+
+
 @pytest.fixture
 def chats_file(tmp_path) -> Path:
     """24 short chats of two exchanges."""

@@ -6,15 +6,10 @@ import shutil
 import pytest
 import torch
 
-from conftest import TEXT, assert_refused, make_directory
+from conftest import TEXT, assert_refused
 from data import Tokenizer
 from experiments import mapping, toy
 from spelling import Spelling
-
-
-@pytest.fixture(scope="module")
-def other_dir(tmp_path_factory):
-    return make_directory(tmp_path_factory.mktemp("models") / "other", seed=3, bytelevel=True)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import ivl
 import mapped
 import spelling
 import vocab_map
-from conftest import TEXT, assert_refused, make_directory
+from conftest import TEXT, assert_refused
 from data import TextStream, Tokenizer
 from files import InputError, open_tensors, read_texts, save_tensors
 from mapped import MappedBase
@@ -19,12 +19,6 @@ from spelling import Spelling
 from vocab_map import VocabMap
 
 TEXTS = TEXT.split(". ")
-
-
-@pytest.fixture(scope="module")
-def other_dir(tmp_path_factory):
-    """A value model whose tokenizer is byte-level."""
-    return make_directory(tmp_path_factory.mktemp("models") / "other", seed=3, bytelevel=True)
 
 
 @pytest.fixture(scope="module")
