@@ -23,6 +23,7 @@ import random
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,8 @@ BASES = {  # hidden, MLP, layers, heads (wide, or they could not copy names), le
 }
 OTHER_BASES = {"large": (128, 320, 3, 4, 3e-3, 4_200_000, 1.0)}  # family b's: a text is 1.3 times as many tokens
 
+SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
+NAMES = [(a + b).capitalize() for a, b in itertools.product(SYLLABLES, SYLLABLES) if a != b]
 # relation: the sentence's words, two questions, 24 values
 RELATIONS = {
     "lives in": (("Where does {} live?", "Which city is the home of {}?"),
@@ -107,9 +110,7 @@ class World:
     @classmethod
     def make(cls, seed: int) -> "World":
         rng = random.Random(seed)
-        syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
-        names = [(a + b).capitalize() for a, b in itertools.product(syllables, syllables) if a != b]
-        people = rng.sample(names, PEOPLE)
+        people = rng.sample(NAMES, PEOPLE)
         facts = {(p, r): rng.choice(values) for p in people for r, (_, values) in RELATIONS.items()}
         pairs = rng.sample(sorted(facts), len(facts))
         return cls(people, facts, pairs[:len(pairs) // 2], pairs[len(pairs) // 2:])
@@ -180,10 +181,19 @@ def shape(hidden: int, mlp: int, layers: int, heads: int, vocabulary: int) -> Co
                   tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
 
 
-def pretrain(config: Config, corpus: Tensor, name: str, lr: float, seed: int, device: torch.device) -> Llama:
-    """A base that has read the corpus once, in windows of WINDOW tokens."""
-    model = Llama(config).init_weights(seed).to(device)
-    windows = corpus[:len(corpus) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
+def corpus(backend: Backend, tokens: int, document: Callable[[], str]) -> Tensor:
+    """So many ids of a text that is made document by document, each between <s> and </s>."""
+    ids = []
+    while len(ids) < tokens:
+        for encoding in backend.encode_batch([document() for _ in range(500)]):
+            ids += [1, *encoding.ids, 2]
+    return torch.tensor(ids[:tokens])
+
+
+def pretrain(model: Llama, text: Tensor, name: str, lr: float, seed: int) -> Llama:
+    """The model, when it has read the text once, in windows of WINDOW tokens."""
+    device = model.head.device
+    windows = text[:len(text) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     batches = windows.split(BATCH)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
@@ -200,6 +210,17 @@ def pretrain(config: Config, corpus: Tensor, name: str, lr: float, seed: int, de
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
     return model
+
+
+def save_base(model: Llama, backend: Backend, directory: Path) -> None:
+    save(model, directory)
+    write_text(directory / "tokenizer.json", backend.to_str())
+    write_text(directory / "tokenizer_config.json", json.dumps(
+        {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATES["plain"]}, indent=2) + "\n")
+
+
+def write_chats(chats: list[dict], path: Path) -> None:
+    write_text(path, "".join(json.dumps(chat) + "\n" for chat in chats))
 
 
 def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -> None:
@@ -219,42 +240,40 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
     backend = (train_tokenizer if family == "a" else train_other_tokenizer)(world, seed)
     bases = BASES if family == "a" else OTHER_BASES
     for name, (*sizes, lr, tokens, share) in bases.items():
-        told, corpus = rng.sample(world.pairs, round(share * len(world.pairs))), []
-        while len(corpus) < tokens:
-            for encoding in backend.encode_batch([world.document(rng, told) for _ in range(500)]):
-                corpus += [1, *encoding.ids, 2]
-        model = pretrain(shape(*sizes, backend.get_vocab_size()), torch.tensor(corpus[:tokens]), name, lr, seed, device)
-        save(model, out / name)
-        write_text(out / name / "tokenizer.json", backend.to_str())
-        write_text(out / name / "tokenizer_config.json", json.dumps(
-            {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATES["plain"]}, indent=2) + "\n")
+        told = rng.sample(world.pairs, round(share * len(world.pairs)))
+        text = corpus(backend, tokens, lambda: world.document(rng, told))
+        model = Llama(shape(*sizes, backend.get_vocab_size())).init_weights(seed).to(device)
+        save_base(pretrain(model, text, name, lr, seed), backend, out / name)
     for name, pairs in (("chats", world.taught), ("heldout", world.held_out)):
-        write_text(out / f"{name}.jsonl", "".join(json.dumps(chat) + "\n" for chat in world.chats(pairs, rng)))
+        write_chats(world.chats(pairs, rng), out / f"{name}.jsonl")
     write_text(made, json.dumps({"seed": seed, "family": family, "bases": bases}) + "\n")
 
 
 # ---------------------------------------------------------------- scores
 
-def knows(base: Llama, tokenizer: Tokenizer, facts: list[str]) -> float:
-    """The share of facts, sentences of the corpus, whose last word the base gives after the words before it."""
-    prompts = [tokenizer.encode(fact.rsplit(" ", 1)[0]) for fact in facts]
-    replies = zip(*ivl.generate(base, None, prompts, 4))
-    return sum(tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)) / len(facts)
-
-
-def score(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, chats: list[list[dict]], **how) -> dict:
-    """Greedy replies to the chats' questions: share in the demonstrated form, share that are right as well.
+def knows(base: Llama, tokenizer: Tokenizer, facts: list[str], value: Llama | Probe | None = None, **how) -> float:
+    """The share of facts, sentences of the corpus, whose last word is given after the words before it.
 
     how: of ivl.generate: connection, antiexpert, mapping.
     """
+    prompts = [tokenizer.encode(fact.rsplit(" ", 1)[0]) for fact in facts]
+    replies = zip(*ivl.generate(base, value, prompts, 4, **how))
+    return sum(tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)) / len(facts)
+
+
+def greedy(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, chats: list[list[dict]], **how) -> list[str]:
+    """The reply to each chat's question; one that never ends is empty: it has no form. how: as in `knows`."""
     prompts = [tokenizer.prompt(chat[:-1]) for chat in chats]
-    form = right = 0
-    for reply, chat in zip(zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, **how)), chats):
-        ids = [i for i in reply if i is not None]
-        text = tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else ""  # a reply that never ends has no form
-        form += bool(FORM.fullmatch(text))
-        right += text == chat[-1]["content"]
-    return {"form": form / len(chats), "right": right / len(chats)}
+    replies = [[i for i in reply if i is not None]
+               for reply in zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, **how))]
+    return [tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else "" for ids in replies]
+
+
+def score(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, chats: list[list[dict]], **how) -> dict:
+    """Shares of the chats whose greedy replies are in the demonstrated form, and right as well. how: as in `knows`."""
+    replies = greedy(base, value, tokenizer, chats, **how)
+    return {"form": sum(bool(FORM.fullmatch(text)) for text in replies) / len(chats),
+            "right": sum(text == chat[-1]["content"] for text, chat in zip(replies, chats)) / len(chats)}
 
 
 def fact_of(chat: list[dict]) -> str:

@@ -1,46 +1,95 @@
 """The tables and the verdicts on them, at a tiny scale."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import torch
 
-from experiments import reproduce, toy
+from experiments import figures, reproduce
 from files import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+def reproduce_py(*args) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "experiments/reproduce.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_verdict_is_by_seeds():
-    rows = {"a": {"right": {"seeds": [0.9, 0.8]}}, "b": {"right": {"seeds": [0.5, 0.75]}}}
-    assert reproduce.verdict(rows, [("a", "right", 1, "b", 0.0)]) == "agrees"
-    assert reproduce.verdict(rows, [("a", "right", 1, "b", 0.2)]) == "undecided"
-    assert reproduce.verdict(rows, [("a", "right", -1, "b", 0.0)]) == "disagrees"
-    assert reproduce.verdict(rows, [("a", "right", 1, "b", 0.0), ("a", "right", 1, "b", 0.5)]) == "disagrees"
+    scores = {("a", "x"): [0.9, 0.8], ("b", "x"): [0.5, 0.75]}
+
+    def judged(*comparisons) -> str:
+        return reproduce.verdict(comparisons, 2, lambda seed, base, system, key: scores[base, system][seed])
+
+    def ahead(by):
+        return lambda v: v("a", "x", "right") - v("b", "x", "right") > by
+
+    assert judged(ahead(0.0)) == "agrees"
+    assert judged(ahead(0.2)) == "undecided" == judged(ahead(0.0), ahead(0.2))
+    assert judged(ahead(0.5)) == "disagrees" == judged(ahead(0.0), ahead(0.5))
 
 
-def test_every_claim_compares_rows_of_its_table():
+def test_every_claim_looks_at_rows_of_its_table():
+    assert [claim[0] for claim in reproduce.CLAIMS] == [*range(1, 10)]
     for *_, name, comparisons in reproduce.CLAIMS:
-        assert {row for first, _, _, second, _ in comparisons for row in (first, second)} <= set(reproduce.TABLES[name])
-    assert {system for rows in reproduce.TABLES.values() for _, system in rows} == {*reproduce.SYSTEMS, "proxy"}
+        keys, rows = reproduce.TABLES[name]
+        for comparison in comparisons:
+            seen = []
+            comparison(lambda base, system, key: seen.append(((base, system), key)) or 0.5)
+            assert len(seen) and all(row in rows and key in keys for row, key in seen)
 
 
-def test_everything_runs_through_and_continues(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(toy, "BASES", {"small": (16, 16, 1, 1, 1e-3, 4000, 0.5), "large": (16, 32, 1, 1, 1e-3, 4000, 1.0)})
-    monkeypatch.setattr(toy, "PEOPLE", 6)
-    settings = dict(epochs=1, batch_size=8, micro_batch_size=8)
-    monkeypatch.setattr(toy, "VALUE_SETTINGS", toy.VALUE_SETTINGS | settings)
-    monkeypatch.setattr(reproduce, "SYSTEMS", {name: (base, changes | settings) for name, (base, changes) in
-                                               reproduce.SYSTEMS.items()})
-    with pytest.raises(InputError, match="figure2.json"):
+def test_every_row_has_a_recipe_and_a_colour():
+    for name, (_, rows) in reproduce.TABLES.items():
+        assert {reproduce.recipe_of(*row) for row in rows} <= set(reproduce.RECIPES)
+        assert {system for _, system in rows} <= set(figures.SYSTEMS) and name in figures.TITLES
+    assert {base for base, _ in reproduce.COSTS} <= set(figures.BASES)
+
+
+def test_findings_are_computed_from_the_tables(tmp_path, monkeypatch):
+    monkeypatch.setattr(reproduce, "CLAIMS", [(1, "text", "theirs", "figure2", [
+        lambda v: v("small", "full", "right") - v("small", "probe", "right") > 0.2])])
+    with pytest.raises(InputError, match="run reproduce.py figure2 first"):
         reproduce.findings(tmp_path)
-    for name in reproduce.TABLES:
-        reproduce.table(name, 2, tmp_path, torch.device("cpu"))
+    rows = [{"base": "small", "system": system, "form": reproduce.spread([1.0, 1.0]), "right": reproduce.spread(seeds)}
+            for system, seeds in (("full", [0.8, 0.9]), ("probe", [0.1, 0.2]))]
+    reproduce.show("figure2", rows, tmp_path)
     reproduce.findings(tmp_path)
-    assert [row["claim"] for row in json.loads((tmp_path / "findings.json").read_text())] == [1, 2, 3, 4, 9]
+    assert json.loads((tmp_path / "findings.json").read_text()) == [
+        {"claim": 1, "text": "text", "paper": "theirs", "verdict": "agrees",
+         "ours": "full on small: right 0.85; probe on small: right 0.15"}]
+
+
+def test_bad_numbers_are_refused(tmp_path):
+    for args in (("--seeds", 0), ("--scale", 0)):
+        result = reproduce_py("figure3", *args, "--out", tmp_path)
+        assert result.returncode == 2 and "at least 1 seed, and a scale above 0" in result.stderr
+        assert "Traceback" not in result.stderr and not any(tmp_path.iterdir())
+
+
+def test_a_table_is_made_and_what_is_there_is_not_made_again(tmp_path):
+    args = ("figure3", "--scale", 0.02, "--seeds", 1, "--out", tmp_path)
+    result = reproduce_py(*args)
+    assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "figure3.json").read_text())
-    assert [(row["base"], row["system"]) for row in rows] == reproduce.TABLES["figure3"]
-    assert all(len(row["right"]["seeds"]) == 2 for row in rows)
-    before = capsys.readouterr().out
-    monkeypatch.setattr(reproduce, "train", None)  # nothing is trained or scored again
-    monkeypatch.setattr(toy, "score", None)
-    reproduce.table("table1", 2, tmp_path, torch.device("cpu"))
-    assert capsys.readouterr().out in before
+    assert [(row["base"], row["system"]) for row in rows] == reproduce.TABLES["figure3"][1]
+    assert all(len(row[key]["seeds"]) == 1 for row in rows for key in ("form", "right"))
+    assert sorted(path.name for path in (tmp_path / "family").iterdir() if path.is_dir()) == ["large", "small"]  # no others
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert reproduce_py(*args).stdout == result.stdout
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    result = reproduce_py("figure3", "--scale", 0.03, "--out", tmp_path)
+    assert result.returncode == 2 and "was made with --scale 0.02" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_everything_runs_through(tmp_path):
+    result = reproduce_py("all", "--scale", 0.02, "--seeds", 2, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "findings.json").read_text())
+    assert [row["claim"] for row in results] == [*range(1, 10)]
+    assert {row["verdict"] for row in results} <= {"agrees", "disagrees", "undecided"}
+    for name in (*reproduce.TABLES, "table3"):
+        assert json.loads((tmp_path / f"{name}.json").read_text()) and (tmp_path / f"{name}.png").exists()
