@@ -15,16 +15,24 @@ bases are pre-trained once, as the paper's were; --seeds vary what is trained on
 so that a run that was stopped continues. NAME.json holds mean and spread (smallest and largest) over the seeds, NAME.png
 shows them where matplotlib is installed. --scale multiplies people, texts, questions and the bases' parameters.
 
+    python experiments/reproduce.py table1 --commands --out DIR > table1.sh    # the same at full size
+
+At full size DIR/family holds (links to) Hugging Face directories by the names above, general.jsonl and skill.jsonl with
+chats, questions.jsonl with prompts and, for figure4, documents.json with texts. The script trains with the paper's Table 5
+and writes replies, which its benchmarks are to judge.
+
 A claim is a list of comparisons. It *agrees* if each holds in every seed, *disagrees* if one of them holds in no seed,
 and is *undecided* otherwise. "far" is a difference of more than 0.2, "level" or "small cost" one of at most 0.05.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -84,6 +92,10 @@ def recipe_of(base: str, system: str) -> str:
     return {"proxy": "small full", "same vocabulary": "other-small"}.get(system, system)
 
 
+def mapped(base: str, system: str) -> bool:
+    return base == "other" and not RECIPES[recipe_of(base, system)].start.startswith("other")
+
+
 def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
     """The directory of a trained model, trained first if it is not there."""
     directory, recipe, bases = out / f"seed{seed}" / name.replace(" ", "-"), RECIPES[name], out / "family"
@@ -134,7 +146,7 @@ def score(base: str, system: str, kinds: Sequence[str], seed: int, out: Path, de
         how = {"connection": connection}
         if system == "proxy":
             how["antiexpert"] = load(bases / "small", device)
-        if base == "other" and RECIPES[recipe_of(base, system)].start == "small":
+        if mapped(base, system):
             how["mapping"] = VocabMap.make(Tokenizer(bases / "other"), tokenizer, read_json(bases / "documents.json", list))
         pair = (value, None) if system == "full" else (load(bases / base, device), value)
         scores[key] = scores.get(key, {}) | family.score(*pair, tokenizer, bases, missing, **how)
@@ -158,6 +170,41 @@ def show(name: str, rows: list[dict], out: Path) -> None:
         figures.draw(name, rows, out / f"{name}.png")
     except ImportError:
         print(f"(no {name}.png: pip install matplotlib)")
+
+
+def planned(names: Sequence[str]) -> dict[str, dict[tuple[str, str], list[str]]]:
+    """Recipe → rows of these tables → scores. Table 3 has no scores of its own, but needs a value model."""
+    recipes: dict[str, dict[tuple[str, str], list[str]]] = {}
+    for name in names:
+        keys, rows = TABLES.get(name, ((), [("small", "small")]))
+        for row in rows:
+            wanted = recipes.setdefault(recipe_of(*row), {}).setdefault(row, [])
+            wanted += [key for key in keys if key not in wanted]
+    return {name: recipes[name] for name in RECIPES if name in recipes}
+
+
+def commands(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
+    """The lines of a shell script that trains and asks every system of these tables with train.py and sample.py."""
+    def line(*words: object) -> str:
+        return shlex.join(map(str, words))
+
+    bases = out / "family"
+    if "figure4" in names:
+        yield line("python", "vocab_map.py", "--base", bases / "other", "--value", bases / "small", "--text",
+                   bases / "documents.json", "--out", bases / "map.safetensors")
+    for seed, (name, rows) in itertools.product(range(seeds), planned(names).items()):
+        recipe, trained_to = RECIPES[name], out / f"seed{seed}" / name.replace(" ", "-")
+        connection, beside = recipe.settings.get("connection", "residual"), [bases / base for base in recipe.beside]
+        how = ["--base", *beside, "--connection", connection, "--lam", 1.0 if "lam" in recipe.settings else 0.0]
+        how += ["--value", bases / recipe.start] * (connection != "probe") + ["--random"] * recipe.random
+        yield line("python", "train.py", *(how if beside else ("--base", bases / recipe.start, "--full")),
+                   "--data", bases / f"{recipe.data}.jsonl", "--seed", seed, "--out", trained_to)
+        for base, system in rows:
+            how = ["--base", trained_to, "--value", "none"] if system == "full" else ["--base", bases / base, "--value", trained_to]
+            how += ["--antiexpert", bases / "small"] * (system == "proxy")
+            how += ["--map", bases / "map.safetensors"] * mapped(base, system)
+            yield line("python", "sample.py", *how, "--greedy", "--prompts", bases / "questions.jsonl",
+                       "--out", trained_to / f"{base}.jsonl")
 
 
 def scored(name: str, seeds: int, out: Path, device: torch.device) -> list[dict]:
@@ -221,13 +268,9 @@ def call(job: partial) -> None:
 
 def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: torch.device) -> None:
     """Makes all that these tables need, prints and writes them."""
-    kinds: dict[str, dict[tuple[str, str], list[str]]] = {}  # recipe → rows → scores
-    for name in names:
-        for row in TABLES[name][1] if name in TABLES else [("small", "small")]:
-            wanted = kinds.setdefault(recipe_of(*row), {}).setdefault(row, [])
-            wanted += [kind for kind in (TABLES[name][0] if name in TABLES else ()) if kind not in wanted]
-    needed = {base for rows in kinds.values() for base, _ in rows}
-    needed |= {base for name in kinds for base in (RECIPES[name].start, *RECIPES[name].beside)}
+    recipes = planned(names)
+    needed = {base for rows in recipes.values() for base, _ in rows}
+    needed |= {base for name in recipes for base in (RECIPES[name].start, *RECIPES[name].beside)}
     if "table3" in names:
         needed |= {base for base, _ in COSTS}
     if "continued" in needed:
@@ -235,7 +278,7 @@ def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: to
     family.prepare(out / "family", scale)
     groups = [[base for base in group if base in needed] for group in GROUPS]
     run([partial(make_bases, group, out / "family", scale, device) for group in groups if group], "bases", device)
-    run([partial(score_rows, kinds[name], seed, out, device) for seed in range(seeds) for name in RECIPES if name in kinds],
+    run([partial(score_rows, rows, seed, out, device) for seed in range(seeds) for rows in recipes.values()],
         "training and scoring", device)
     for name in names:
         show(name, costs(seeds, out, device) if name == "table3" else scored(name, seeds, out, device), out)
@@ -331,12 +374,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--scale", type=float, default=1.0, help="1 takes two CPU cores less than an hour; larger ones want a GPU")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--commands", action="store_true", help="print what train.py and sample.py are to do at full size")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    if args.seeds < 1 or args.scale <= 0:
-        raise InputError(f"--seeds = {args.seeds}, --scale = {args.scale}; there must be at least 1 seed, and a scale above 0")
-    if args.name != "findings":
-        tables(sorted(names) if args.name == "all" else [args.name], args.scale, args.seeds, args.out, pick_device(args.device))
+    if args.seeds < 1 or not 0 < args.scale <= 16:  # there are not more names
+        raise InputError(f"--seeds = {args.seeds}, --scale = {args.scale}; at least 1 seed is needed, and a scale from 0 to 16")
+    chosen = sorted(names) if args.name == "all" else [args.name] if args.name in names else []
+    if args.commands:
+        return print(*commands(chosen, args.seeds, args.out), sep="\n")
+    if chosen:
+        tables(chosen, args.scale, args.seeds, args.out, pick_device(args.device))
     if args.name in ("findings", "all"):
         findings(args.out)
 

@@ -1,13 +1,15 @@
 """The tables and the verdicts on them, at a tiny scale."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments import figures, reproduce
+from experiments import family, figures, reproduce
 from files import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -63,9 +65,9 @@ def test_findings_are_computed_from_the_tables(tmp_path, monkeypatch):
 
 
 def test_bad_numbers_are_refused(tmp_path):
-    for args in (("--seeds", 0), ("--scale", 0)):
+    for args in (("--seeds", 0), ("--scale", 0), ("--scale", 17)):
         result = reproduce_py("figure3", *args, "--out", tmp_path)
-        assert result.returncode == 2 and "at least 1 seed, and a scale above 0" in result.stderr
+        assert result.returncode == 2 and "a scale from 0 to 16" in result.stderr
         assert "Traceback" not in result.stderr and not any(tmp_path.iterdir())
 
 
@@ -77,9 +79,12 @@ def test_a_table_is_made_and_what_is_there_is_not_made_again(tmp_path):
     assert [(row["base"], row["system"]) for row in rows] == reproduce.TABLES["figure3"][1]
     assert all(len(row[key]["seeds"]) == 1 for row in rows for key in ("form", "right"))
     assert sorted(path.name for path in (tmp_path / "family").iterdir() if path.is_dir()) == ["large", "small"]  # no others
-    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    assert reproduce_py(*args).stdout == result.stdout
-    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+
+    def times() -> dict:
+        return {path: path.stat().st_mtime_ns for name in ("*.safetensors", "scores.json") for path in tmp_path.rglob(name)}
+
+    made = times()
+    assert reproduce_py(*args).stdout == result.stdout and times() == made and len(made) == 2 + 3 * 2
     result = reproduce_py("figure3", "--scale", 0.03, "--out", tmp_path)
     assert result.returncode == 2 and "was made with --scale 0.02" in result.stderr and "Traceback" not in result.stderr
 
@@ -93,3 +98,30 @@ def test_everything_runs_through(tmp_path):
     assert {row["verdict"] for row in results} <= {"agrees", "disagrees", "undecided"}
     for name in (*reproduce.TABLES, "table3"):
         assert json.loads((tmp_path / f"{name}.json").read_text()) and (tmp_path / f"{name}.png").exists()
+
+
+def test_commands_name_every_row_once():
+    names = [*reproduce.TABLES]
+    lines = [shlex.split(line) for line in reproduce.commands(names, 2, Path("o"))]
+    asked = [line for line in lines if "sample.py" in line]
+    assert len({line[-1] for line in asked}) == len(asked)  # no replies over others
+    rows = {row for _, rows in reproduce.TABLES.values() for row in rows}
+    assert len(asked) == 2 * len(rows) and sum("train.py" in line for line in lines) == 2 * len(reproduce.RECIPES)
+    curriculum = next(" ".join(line) for line in lines if line[-1] == "o/seed1/curriculum")
+    assert curriculum == ("python train.py --base o/family/small o/family/medium o/family/large --connection residual --lam 0.0 "
+                          "--value o/family/small --data o/family/general.jsonl --seed 1 --out o/seed1/curriculum")
+    assert {line[-1] for line in asked if "--map" in line} == {
+        f"o/seed{seed}/{name}/other.jsonl" for seed in (0, 1) for name in ("small", "small-norm", "curriculum")}
+
+
+@pytest.mark.slow
+def test_commands_run_as_they_are(tmp_path):
+    world = family.prepare(tmp_path / "family", 0.02)
+    for name in ("small", "other-small", "large", "other", "medium"):
+        family.make_base(name, world, tmp_path / "family", 0.02, torch.device("cpu"))
+    (tmp_path / "family" / "questions.jsonl").write_text('{"messages": [{"role": "user", "content": "Who is it?"}]}\n')
+    script = "\n".join(reproduce.commands(["figure2", "figure4", "table4"], 1, tmp_path)).replace("python ", f"{sys.executable} ")
+    result = subprocess.run(["bash", "-e"], input=script, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    rows = {row for name in ("figure2", "figure4", "table4") for row in reproduce.TABLES[name][1]}
+    assert len([*tmp_path.glob("seed0/*/*.jsonl")]) - len([*tmp_path.glob("seed0/*/log.jsonl")]) == len(rows)
