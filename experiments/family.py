@@ -41,7 +41,7 @@ SEED = 0  # of the world and of the bases: pre-trained once, as the paper's were
 BASES = {
     "small": (64, 2, 5e-3, 1_800_000, 0.3), "medium": (96, 3, 4e-3, 2_000_000, 0.55),
     "large": (128, 3, 3e-3, 2_200_000, 0.8), "xlarge": (192, 4, 2e-3, 2_200_000, 1.0),
-    "other-small": (64, 2, 5e-3, 2_400_000, 0.3), "other": (128, 3, 3e-3, 3_000_000, 0.8),
+    "other-small": (64, 2, 5e-3, 3_200_000, 0.3), "other": (128, 3, 3e-3, 4_400_000, 0.8),  # texts of more tokens
 }
 CONTINUED = (1e-3, 800_000, 0.25)  # learning rate, tokens read, share of them about the old people
 PEOPLE, NEWCOMERS = 240, 60
