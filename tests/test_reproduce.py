@@ -91,7 +91,7 @@ def test_a_table_is_made_and_what_is_there_is_not_made_again(tmp_path):
 
 @pytest.mark.slow
 def test_everything_runs_through(tmp_path):
-    result = reproduce_py("all", "--scale", 0.02, "--seeds", 2, "--out", tmp_path)
+    result = reproduce_py("all", "--scale", 0.02, "--seeds", 1, "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "findings.json").read_text())
     assert [row["claim"] for row in results] == [*range(1, 10)]
@@ -117,11 +117,11 @@ def test_commands_name_every_row_once():
 @pytest.mark.slow
 def test_commands_run_as_they_are(tmp_path):
     world = family.prepare(tmp_path / "family", 0.02)
-    for name in ("small", "other-small", "large", "other", "medium"):
+    for name in ("small", "medium", "large", "other", "other-small"):
         family.make_base(name, world, tmp_path / "family", 0.02, torch.device("cpu"))
     (tmp_path / "family" / "questions.jsonl").write_text('{"messages": [{"role": "user", "content": "Who is it?"}]}\n')
-    script = "\n".join(reproduce.commands(["figure2", "figure4", "table4"], 1, tmp_path)).replace("python ", f"{sys.executable} ")
+    script = "\n".join(reproduce.commands(["figure4", "table4"], 1, tmp_path)).replace("python ", f"{sys.executable} ")
     result = subprocess.run(["bash", "-e"], input=script, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    rows = {row for name in ("figure2", "figure4", "table4") for row in reproduce.TABLES[name][1]}
+    rows = {row for name in ("figure4", "table4") for row in reproduce.TABLES[name][1]}
     assert len([*tmp_path.glob("seed0/*/*.jsonl")]) - len([*tmp_path.glob("seed0/*/log.jsonl")]) == len(rows)
