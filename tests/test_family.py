@@ -83,7 +83,7 @@ def test_bases_are_made_once_and_the_continued_one_from_the_large_one(tmp_path):
     for name in ("large", "continued", "other-small"):
         family.make_base(name, world, tmp_path, 0.02, cpu)
     large, continued, other = (load(tmp_path / name) for name in ("large", "continued", "other-small"))
-    assert continued.config == large.config and not torch.equal(continued.head, large.head)
+    assert continued.config == large.config and 0 < (continued.head - large.head).norm() < 0.5 * large.head.norm()
     assert other.config.vocab_size != large.config.vocab_size
     before = (tmp_path / "large" / "model.safetensors").stat().st_mtime_ns
     family.make_base("large", world, tmp_path, 0.02, cpu)
