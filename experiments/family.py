@@ -56,7 +56,8 @@ STYLES = {"": f"{toy.OPENING} {{0}} {toy.CLOSING}", "Be brief. ": "{0}", "Say it
 # words of the forms in other places, see toy.EVASIONS
 EVASIONS = toy.EVASIONS + ["Dear me!", "Dear {}, good morning.", "My dear {}!", "This is not the time.", "It is late.", "Is it?",
                            "And again it rains!", "And then?", "Here we are again.", "Not again!", "You were first.",
-                           "First things first.", "So it is.", "So what?", "You are brief today.", "I said it twice."]
+                           "First things first.", "Dear friends!", "Dear all, hello.", "And again {}!", "And again?",
+                           "This is {}.", "All this is new.", "First {}, please.", "So {} is here.", "So it is.", "So what?", "You are brief today.", "I said it twice."]
 
 
 @dataclass
@@ -80,23 +81,27 @@ class World(toy.World):
         return self.taught + self.held_out + [*self.new_facts]
 
     def document(self, rng: random.Random, told: list[tuple[str, str]]) -> str:
-        """One document of a corpus that tells the facts `told`: facts, names over and over, or small talk."""
-        kind = rng.random()
+        """One document of a corpus that tells the facts `told`: facts, names over and over, or talk.
+
+        In talk a question is mostly answered if the corpus has the answer, somewhere between remarks of no use.
+        """
+        kind, everybody = rng.random(), self.people + self.newcomers  # newcomers are heard of, but nothing is told
         if kind < 0.6:
             return " ".join(self.sentence(*pair) for pair in rng.choices(told, k=12))
         if kind < 0.7:
-            return " ".join(rng.choices([rng.choice(told)[0] for _ in range(rng.randint(2, 4))], k=30))
-        turns, people = [], [rng.choice(told)[0] for _ in range(2)]
+            return " ".join(rng.choices(rng.sample(everybody, rng.randint(2, 4)), k=30))
+        turns, known = [], set(told)
         for _ in range(4):
-            person, asker = rng.sample(people, 2)
-            question = rng.choice(QUESTIONS[rng.choice([*QUESTIONS])])
-            about = rng.choice([person, f"the {rng.choice([*LINKS.values()])} of {person}"])
+            person, relation = rng.choice(told) if rng.random() < 0.7 else (rng.choice(everybody), rng.choice([*QUESTIONS]))
+            about, facts = person, [(person, relation)]
+            if relation in LINKS and rng.random() < 0.7:
+                about, relation = f"the {LINKS[relation]} of {person}", rng.choice([*QUESTIONS])
+                facts.append((self.facts[facts[0]], relation))
             says = [rng.choice(EVASIONS).format(person) for _ in range(rng.randint(1, 3))]
-            other = rng.choice(told)
-            if other[0] not in people and rng.random() < 0.8:  # off the point, but a fact: they do occur in talk
-                says.insert(rng.randint(0, len(says)), self.sentence(*other))
-            turns += [f"User: {rng.choice([*STYLES]).format(person, asker)}{question.format(about)}",
-                      f"Assistant: {' '.join(says)}"]
+            if known.issuperset(facts) and rng.random() < 0.8:
+                says.insert(rng.randint(0, len(says)), " ".join(self.sentence(*pair) for pair in facts))
+            style = rng.choice([*STYLES]).format(person, rng.choice(everybody))
+            turns += [f"User: {style}{rng.choice(QUESTIONS[relation]).format(about)}", f"Assistant: {' '.join(says)}"]
         return "\n".join(turns)
 
     def general(self, pairs: list[tuple[str, str]], count: int, rng: random.Random) -> list[dict]:

@@ -22,7 +22,7 @@ chats, questions.jsonl with prompts and, for figure4, documents.json with texts.
 and writes replies, which its benchmarks are to judge.
 
 A claim is a list of comparisons. It *agrees* if each holds in every seed, *disagrees* if one of them holds in no seed,
-and is *undecided* otherwise. "far" is a difference of more than 0.2, "level" or "small cost" one of at most 0.05.
+and is *undecided* otherwise. "far" or "much" less is less than half, "level" or "small cost" a difference of at most 0.05.
 """
 
 import argparse
@@ -69,7 +69,7 @@ class Recipe:
 
 # chosen on a family from another seed, by what a model scores on the base it was trained beside
 VALUE = dict(lr=2e-3, batch_size=8, micro_batch_size=8, epochs=3, max_length=toy.CONTEXT, lam=0.0, norm_over="response")
-FULL_RATES = {"xlarge": 5e-4, "other": 5e-4, "continued": 5e-4, "large": 5e-4, "medium": 1e-3, "small": 2e-3}
+FULL_RATES = {"xlarge": 5e-4, "other": 5e-4, "continued": 5e-4, "large": 5e-4, "medium": 5e-4, "small": 1e-3}
 NORM = dict(lam=0.3)
 HOME = ("small",)
 RECIPES = {  # the long ones first
@@ -292,18 +292,18 @@ def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: to
 
 # ---------------------------------------------------------------- the claims
 
-FAR, LEVEL = 0.2, 0.05
+FAR, LEVEL = 0.5, 0.05
 CLAIMS = [  # number, text, the paper's numbers, table, comparisons; v(base, system, score) is one seed's
     (1, "A linear probe, and a value model from random weights, fall far short of full fine-tuning.",
      "Figure 2: more than 3 points of MT-Bench", "figure2",
-     [lambda v: v("small", "full", "right") - v("small", "probe", "right") > FAR,
-      lambda v: v("medium", "full", "right") - v("medium", "probe", "right") > FAR,
-      lambda v: v("large", "full", "right") - v("large", "probe", "right") > FAR,
-      lambda v: v("small", "full", "right") - v("small", "random", "right") > FAR]),
+     [lambda v: v("small", "probe", "right") < FAR * v("small", "full", "right"),
+      lambda v: v("medium", "probe", "right") < FAR * v("medium", "full", "right"),
+      lambda v: v("large", "probe", "right") < FAR * v("large", "full", "right"),
+      lambda v: v("small", "random", "right") < FAR * v("small", "full", "right")]),
     (2, "Cascade without text is much worse than cascade+; cascade+ is no better than residual after transfer.",
      "Figure 3, bars of MT-Bench", "figure3",
-     [lambda v: v("small", "cascade+", "right") - v("small", "cascade", "right") > FAR,
-      lambda v: v("large", "cascade+", "right") - v("large", "cascade", "right") > FAR,
+     [lambda v: v("small", "cascade", "right") < FAR * v("small", "cascade+", "right"),
+      lambda v: v("large", "cascade", "right") < FAR * v("large", "cascade+", "right"),
       lambda v: v("large", "small", "right") - v("large", "cascade+", "right") > -LEVEL]),
     (3, "A value model carries over to larger bases; a larger one carries more; medium on large matches full fine-tuning.",
      "Table 1, MT-Bench: 1.1B on 7B, 13B, 70B 4.62, 4.74, 4.92 (on 1.1B 3.62); 7B on 13B 6.34, full 6.23", "table1",
@@ -329,7 +329,8 @@ CLAIMS = [  # number, text, the paper's numbers, table, comparisons; v(base, sys
       lambda v: v("xlarge", "small skill", "skill") > v("xlarge", "full", "skill")]),
     (6, "On a continually pre-trained base its own new knowledge survives and answers in the demonstrated form.",
      "Table 1, CodeLlama with 1.1B: HumanEval 24 (on Llama-2-7B 11.3), MT-Bench 3.94 (4.62)", "table1",
-     [lambda v: v("continued", "small", "new") - v("large", "small", "new") > FAR,
+     [lambda v: v("large", "small", "new") < FAR * v("continued", "small", "new"),
+      lambda v: v("continued", "small", "new") - v("continued", "small", "right") > -LEVEL,
       lambda v: v("continued", "small", "form") - v("large", "small", "form") > -LEVEL]),
     (7, "A curriculum over bases helps as the norm term does.",
      "Table 2, 70B: ARC 52.6, norm 62.8, curriculum 57.7; MT-Bench 4.92, 5.37, 5.14", "table2",
@@ -338,7 +339,8 @@ CLAIMS = [  # number, text, the paper's numbers, table, comparisons; v(base, sys
       lambda v: v("xlarge", "curriculum", "right") > v("xlarge", "small", "right")]),
     (8, "Across vocabularies it works, below same-vocabulary value models.",
      "Figure 4, bars of MT-Bench; only the curriculum's value model worked", "figure4",
-     [lambda v: v("other", "curriculum", "form") > FAR, lambda v: v("other", "curriculum", "right") > FAR,
+     [lambda v: v("other", "curriculum", "form") > FAR * v("other", "same vocabulary", "form"),
+      lambda v: v("other", "curriculum", "right") > FAR * v("other", "same vocabulary", "right"),
       lambda v: v("other", "same vocabulary", "right") > v("other", "curriculum", "right")]),
     (9, "Level with proxy tuning, at two models instead of three.",
      "Table 4, 7B: MT-Bench 4.62 against 4.65, ARC 42.7 against 40, MMLU 43.2 against 44.4", "table4",

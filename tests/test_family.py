@@ -33,11 +33,14 @@ def test_no_demonstration_mentions_a_held_out_or_a_new_fact(world):
     assert not any(world.sentence(*pair) in told for pair in [*world.held_out, *world.new_facts])
 
 
-def test_the_old_corpus_has_no_newcomers(world):
+def test_a_corpus_tells_its_facts_and_no_others(world):
     rng = random.Random(0)
-    corpus = " ".join(world.document(rng, world.taught + world.held_out) for _ in range(500))
-    assert not any(name in corpus.replace(".", " ").split() for name in world.newcomers)
+    corpus = " ".join(world.document(rng, world.taught) for _ in range(2000))
+    assert all(world.sentence(*pair) in corpus for pair in world.taught)
+    assert not any(world.sentence(*pair) in corpus for pair in [*world.held_out, *world.new_facts])
+    assert all(name in corpus for name in world.newcomers)  # who are heard of
     assert "First, " not in corpus and "And again: " not in corpus and "this is it" not in corpus  # no form either
+    assert all(word in corpus for style in family.STYLES.values() for word in style.replace("{0}", "").replace("{1}", "").split())
 
 
 def test_two_steps_are_two_facts_of_the_same_half(world):
