@@ -36,6 +36,7 @@ from experiments import toy
 from files import InputError, read_json, writable_folder, write_text
 from model import Llama, load
 
+SCORES = ("form", "right", "skill", "few-shot", "new")
 SEED = 0  # of the world and of the bases: pre-trained once, as the paper's were
 # hidden, layers, learning rate, tokens read, share of the facts told; MLP 2.5 and heads 1/32 of hidden
 BASES = {

@@ -8,7 +8,7 @@
     python experiments/reproduce.py table4       # one value model against proxy tuning's two
     python experiments/reproduce.py figure4      # a base with another tokenizer
     python experiments/reproduce.py all          # these, then
-    python experiments/reproduce.py findings     # what they say of the paper's claims
+    python experiments/reproduce.py findings     # what they say of the paper's claims, see claims.py
 
 The paper's 1.1B, 7B, 13B and 70B are here small, medium, large and xlarge, CodeLlama is `continued`, Llama-3 `other`. The
 bases are pre-trained once, as the paper's were; --seeds vary what is trained on them. Everything made is kept in --out,
@@ -20,9 +20,6 @@ shows them where matplotlib is installed. --scale multiplies people, texts, ques
 At full size DIR/family holds (links to) Hugging Face directories by the names above, general.jsonl and skill.jsonl with
 chats, questions.jsonl with prompts and, for figure4, documents.json with texts. The script trains with the paper's Table 5
 and writes replies, which its benchmarks are to judge.
-
-A claim is a list of comparisons. It *agrees* if each holds in every seed, *disagrees* if one of them holds in no seed,
-and is *undecided* otherwise. "far" or "much" less is less than half, "level" or "small cost" a difference of at most 0.05.
 """
 
 import argparse
@@ -33,7 +30,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,7 +42,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from connections import Probe, recorded_connection
 from data import Tokenizer, tokenize
 from decode import column_major
-from experiments import bench, family, figures, toy
+from experiments import bench, claims, family, figures, toy
+from experiments.family import SCORES
 from files import InputError, command, pick_device, read_json, write_text
 from ivl import generate
 from model import Llama, load
@@ -117,7 +115,6 @@ def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
 
 # ---------------------------------------------------------------- tables
 
-SCORES = ("form", "right", "skill", "few-shot", "new")
 SMALL, MEDIUM = ("small", "small norm", "small skill"), ("medium", "medium norm")
 TABLES = {  # scores and rows: base, system
     "table1": (SCORES, [("small", system) for system in ("full", "small", "small norm")] + [
@@ -162,10 +159,10 @@ def spread(values: list[float]) -> dict:
 def show(name: str, rows: list[dict], out: Path) -> None:
     """Prints a table and writes OUT/NAME.json and, where matplotlib is installed, OUT/NAME.png."""
     columns = [key for key in rows[0] if key not in ("base", "system")]
-    print(f"\n{name}: mean (smallest to largest)\n{'base':<11}{'system':<17}" + "".join(f"{key:<21}" for key in columns).rstrip())
+    print(f"\n{name}: mean (smallest to largest)\n{'base':<11}{'system':<17}" + "".join(f"{key:<23}" for key in columns).rstrip())
     for row in rows:
         cells = ("{mean:.2f} ({least:.2f} to {most:.2f})".format(**row[key]) for key in columns)
-        print(f"{row['base']:<11}{row['system']:<17}" + "".join(f"{cell:<21}" for cell in cells).rstrip())
+        print(f"{row['base']:<11}{row['system']:<17}" + "".join(f"{cell:<23}" for cell in cells).rstrip())
     write_text(out / f"{name}.json", json.dumps(rows, indent=2) + "\n")
     try:
         figures.draw(name, rows, out / f"{name}.png")
@@ -290,91 +287,6 @@ def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: to
         show(name, costs(seeds, out, device) if name == "table3" else scored(name, seeds, out, device), out)
 
 
-# ---------------------------------------------------------------- the claims
-
-FAR, LEVEL = 0.5, 0.05
-CLAIMS = [  # number, text, the paper's numbers, table, comparisons; v(base, system, score) is one seed's
-    (1, "A linear probe, and a value model from random weights, fall far short of full fine-tuning.",
-     "Figure 2: more than 3 points of MT-Bench", "figure2",
-     [lambda v: v("small", "probe", "right") < FAR * v("small", "full", "right"),
-      lambda v: v("medium", "probe", "right") < FAR * v("medium", "full", "right"),
-      lambda v: v("large", "probe", "right") < FAR * v("large", "full", "right"),
-      lambda v: v("small", "random", "right") < FAR * v("small", "full", "right")]),
-    (2, "Cascade without text is much worse than cascade+; cascade+ is no better than residual after transfer.",
-     "Figure 3, bars of MT-Bench", "figure3",
-     [lambda v: v("small", "cascade", "right") < FAR * v("small", "cascade+", "right"),
-      lambda v: v("large", "cascade", "right") < FAR * v("large", "cascade+", "right"),
-      lambda v: v("large", "small", "right") - v("large", "cascade+", "right") > -LEVEL]),
-    (3, "A value model carries over to larger bases; a larger one carries more; medium on large matches full fine-tuning.",
-     "Table 1, MT-Bench: 1.1B on 7B, 13B, 70B 4.62, 4.74, 4.92 (on 1.1B 3.62); 7B on 13B 6.34, full 6.23", "table1",
-     [lambda v: v("medium", "small", "right") > v("small", "small", "right"),
-      lambda v: v("large", "small", "right") > v("medium", "small", "right"),
-      lambda v: v("xlarge", "small", "right") > v("large", "small", "right"),
-      lambda v: v("large", "medium", "right") > v("large", "small", "right"),
-      lambda v: v("xlarge", "medium", "right") > v("xlarge", "small", "right"),
-      lambda v: v("large", "medium", "right") - v("large", "full", "right") > -LEVEL]),
-    (4, "The norm term keeps more of a larger base's knowledge, most where the gap in size is widest, at a small cost in form.",
-     "Table 1, ARC of 1.1B on 7B 42.7 → 48.5, on 70B 52.6 → 62.8; MT-Bench 4.62 → 4.55, 4.92 → 5.37", "table1",
-     [lambda v: v("medium", "small norm", "few-shot") > v("medium", "small", "few-shot"),
-      lambda v: v("xlarge", "small norm", "few-shot") > v("xlarge", "small", "few-shot"),
-      lambda v: (v("xlarge", "small norm", "few-shot") - v("xlarge", "small", "few-shot")
-                 > v("medium", "small norm", "few-shot") - v("medium", "small", "few-shot")),
-      lambda v: v("xlarge", "small norm", "form") - v("xlarge", "small", "form") > -LEVEL]),
-    (5, "A skill-heavy demonstration set lifts skill on bases that it was not trained on.",
-     "Table 1, GSM8K of 1.1B infinity on 7B, 13B, 70B: 27.2, 30.3, 44 (general set 4.7, 6.67, 12.4; full 10.6, 18.7, 35.6)",
-     "table1",
-     [lambda v: v("medium", "small skill", "skill") > v("medium", "small", "skill"),
-      lambda v: v("large", "small skill", "skill") > v("large", "small", "skill"),
-      lambda v: v("xlarge", "small skill", "skill") > v("xlarge", "small", "skill"),
-      lambda v: v("xlarge", "small skill", "skill") > v("xlarge", "full", "skill")]),
-    (6, "On a continually pre-trained base its own new knowledge survives and answers in the demonstrated form.",
-     "Table 1, CodeLlama with 1.1B: HumanEval 24 (on Llama-2-7B 11.3), MT-Bench 3.94 (4.62)", "table1",
-     [lambda v: v("large", "small", "new") < FAR * v("continued", "small", "new"),
-      lambda v: v("continued", "small", "new") - v("continued", "small", "right") > -LEVEL,
-      lambda v: v("continued", "small", "form") - v("large", "small", "form") > -LEVEL]),
-    (7, "A curriculum over bases helps as the norm term does.",
-     "Table 2, 70B: ARC 52.6, norm 62.8, curriculum 57.7; MT-Bench 4.92, 5.37, 5.14", "table2",
-     [lambda v: v("xlarge", "small norm", "few-shot") > v("xlarge", "small", "few-shot"),
-      lambda v: v("xlarge", "curriculum", "few-shot") > v("xlarge", "small", "few-shot"),
-      lambda v: v("xlarge", "curriculum", "right") > v("xlarge", "small", "right")]),
-    (8, "Across vocabularies it works, below same-vocabulary value models.",
-     "Figure 4, bars of MT-Bench; only the curriculum's value model worked", "figure4",
-     [lambda v: v("other", "curriculum", "form") > FAR * v("other", "same vocabulary", "form"),
-      lambda v: v("other", "curriculum", "right") > FAR * v("other", "same vocabulary", "right"),
-      lambda v: v("other", "same vocabulary", "right") > v("other", "curriculum", "right")]),
-    (9, "Level with proxy tuning, at two models instead of three.",
-     "Table 4, 7B: MT-Bench 4.62 against 4.65, ARC 42.7 against 40, MMLU 43.2 against 44.4", "table4",
-     [lambda v: abs(v("medium", "small", "right") - v("medium", "proxy", "right")) <= LEVEL,
-      lambda v: abs(v("medium", "small", "few-shot") - v("medium", "proxy", "few-shot")) <= LEVEL]),
-]
-
-
-def verdict(comparisons: list[Callable], seeds: int, value: Callable[[int, str, str, str], float]) -> str:
-    """Of a claim, by the rule above. value(seed, base, system, score)."""
-    held = [[bool(comparison(partial(value, seed))) for seed in range(seeds)] for comparison in comparisons]
-    return "agrees" if all(map(all, held)) else "undecided" if all(map(any, held)) else "disagrees"
-
-
-def findings(out: Path) -> None:
-    """Prints the claims and writes OUT/findings.json, from the tables that are there."""
-    results = []
-    for number, text, paper, name, comparisons in CLAIMS:
-        if not (path := out / f"{name}.json").exists():
-            raise InputError(f"{path}: is not there; run reproduce.py {name} first")
-        rows = {(row["base"], row["system"]): row for row in read_json(path, list)}
-        read = {}  # what the comparisons look at, in their order
-
-        def value(seed: int, base: str, system: str, key: str) -> float:
-            read[base, system, key] = rows[base, system][key]["mean"]
-            return rows[base, system][key]["seeds"][seed]
-
-        judged = verdict(comparisons, len(next(iter(rows.values()))["form"]["seeds"]), value)
-        ours = "; ".join(f"{system} on {base}: {key} {mean:.2f}" for (base, system, key), mean in read.items())
-        results.append({"claim": number, "text": text, "paper": paper, "ours": ours, "verdict": judged})
-        print(f"{number}. {text}\n   paper: {paper}\n   ours:  {ours}\n   {judged}\n")
-    write_text(out / "findings.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TABLES, "table3"]
@@ -393,7 +305,7 @@ def main() -> None:
     if chosen:
         tables(chosen, args.scale, args.seeds, args.out, pick_device(args.device))
     if args.name in ("findings", "all"):
-        findings(args.out)
+        claims.findings(args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables and the verdicts on them, at a tiny scale."""
+"""The tables, at a tiny scale."""
 
 import json
 import shlex
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from experiments import family, figures, reproduce
-from files import InputError
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,49 +18,11 @@ def reproduce_py(*args) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "experiments/reproduce.py", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_verdict_is_by_seeds():
-    scores = {("a", "x"): [0.9, 0.8], ("b", "x"): [0.5, 0.75]}
-
-    def judged(*comparisons) -> str:
-        return reproduce.verdict(comparisons, 2, lambda seed, base, system, key: scores[base, system][seed])
-
-    def ahead(by):
-        return lambda v: v("a", "x", "right") - v("b", "x", "right") > by
-
-    assert judged(ahead(0.0)) == "agrees"
-    assert judged(ahead(0.2)) == "undecided" == judged(ahead(0.0), ahead(0.2))
-    assert judged(ahead(0.5)) == "disagrees" == judged(ahead(0.0), ahead(0.5))
-
-
-def test_every_claim_looks_at_rows_of_its_table():
-    assert [claim[0] for claim in reproduce.CLAIMS] == [*range(1, 10)]
-    for *_, name, comparisons in reproduce.CLAIMS:
-        keys, rows = reproduce.TABLES[name]
-        for comparison in comparisons:
-            seen = []
-            comparison(lambda base, system, key: seen.append(((base, system), key)) or 0.5)
-            assert len(seen) and all(row in rows and key in keys for row, key in seen)
-
-
 def test_every_row_has_a_recipe_and_a_colour():
     for name, (_, rows) in reproduce.TABLES.items():
         assert {reproduce.recipe_of(*row) for row in rows} <= set(reproduce.RECIPES)
         assert {system for _, system in rows} <= set(figures.SYSTEMS) and name in figures.TITLES
     assert {base for base, _ in reproduce.COSTS} <= set(figures.BASES)
-
-
-def test_findings_are_computed_from_the_tables(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "CLAIMS", [(1, "text", "theirs", "figure2", [
-        lambda v: v("small", "full", "right") - v("small", "probe", "right") > 0.2])])
-    with pytest.raises(InputError, match="run reproduce.py figure2 first"):
-        reproduce.findings(tmp_path)
-    rows = [{"base": "small", "system": system, "form": reproduce.spread([1.0, 1.0]), "right": reproduce.spread(seeds)}
-            for system, seeds in (("full", [0.8, 0.9]), ("probe", [0.1, 0.2]))]
-    reproduce.show("figure2", rows, tmp_path)
-    reproduce.findings(tmp_path)
-    assert json.loads((tmp_path / "findings.json").read_text()) == [
-        {"claim": 1, "text": "text", "paper": "theirs", "verdict": "agrees",
-         "ours": "full on small: right 0.85; probe on small: right 0.15"}]
 
 
 def test_bad_numbers_are_refused(tmp_path):
