@@ -30,6 +30,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -250,17 +251,16 @@ def score_rows(rows: dict[tuple[str, str], list[str]], seed: int, out: Path, dev
 
 def run(jobs: Sequence[partial], what: str, device: torch.device) -> None:
     """Each job on a core of its own: models this small do not gain from two. A GPU is given one job at a time."""
-    os.environ["TQDM_DISABLE"] = "1"  # in the workers: one bar is enough
     workers = 1 if device.type == "cuda" else torch.get_num_threads()
     with (multiprocessing.get_context("spawn").Pool(workers, begin) as pool,
           tqdm(total=len(jobs), desc=what, unit=" jobs", disable=None) as bar):
         for _ in pool.imap_unordered(call, jobs):
             bar.update()
-        pool.close()
-        pool.join()
 
 
 def begin() -> None:
+    sys.stderr = open(os.devnull, "w")  # for the bars of training: one bar is enough, and errors reach the parent
+    tqdm.set_lock(threading.RLock())  # the usual one is a semaphore, which a worker that is ended leaves behind
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits for the jobs
 
