@@ -219,21 +219,22 @@ def costs(seeds: int, out: Path, device: torch.device) -> list[dict]:
     def model(directory: Path) -> Llama:  # as sample.py lays it out
         return load(directory, device) if device.type == "cuda" else column_major(load(directory, device))
 
-    torch.set_num_threads(1)
-    rows, prompt = [], list(range(3, 19))
-    for name, system in tqdm(COSTS, desc="table3", unit=" rows", disable=None):
-        base = model(out / "family" / name)
-        value = None if system == "alone" else model(trained(system, 0, out, device))
-        weights = bench.weight_bytes(base) + (bench.weight_bytes(value) if value else 0)
-        row = {"base": name, "system": system}
-        for tokens in LENGTHS:
-            def decode() -> None:
-                for _ in generate(base, value, [prompt], tokens):
-                    pass
+    def decode(base: Llama, value: Llama | None, tokens: int) -> None:
+        for _ in generate(base, value, [list(range(3, 19))], tokens):
+            pass
 
-            row[f"MB {tokens}"] = spread([(weights + bench.watched(decode, device)[0]) / 1e6])
-            row[f"seconds {tokens}"] = spread([bench.seconds(decode, device) for _ in range(seeds)])
-        rows.append(row)
+    torch.set_num_threads(1)
+    bases, value = {base: model(out / "family" / base) for base, _ in COSTS}, model(trained("small", 0, out, device))
+    pairs = [(bases[base], value if system == "small" else None) for base, system in COSTS]
+    rows: list[dict] = [{"base": base, "system": system} for base, system in COSTS]
+    for tokens in tqdm(LENGTHS, desc="table3", unit=" lengths", disable=None):
+        runs = [partial(decode, *pair, tokens) for pair in pairs]
+        for row, pair, run in zip(rows, pairs, runs):
+            weights = sum(bench.weight_bytes(model) for model in pair if model is not None)
+            row[f"MB {tokens}"] = spread([(weights + bench.watched(run, device)[0]) / 1e6])
+        rounds = [[bench.seconds(run, device) for run in runs] for _ in range(seeds)]  # all take turns: machines vary
+        for row, *seconds in zip(rows, *rounds):
+            row[f"seconds {tokens}"] = spread(seconds)
     return rows
 
 
