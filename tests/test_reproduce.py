@@ -71,6 +71,7 @@ def test_commands_name_every_row_once():
     curriculum = next(" ".join(line) for line in lines if line[-1] == "o/seed1/curriculum")
     assert curriculum == ("python train.py --base o/family/small o/family/medium o/family/large --connection residual --lam 0.0 "
                           "--value o/family/small --data o/family/general.jsonl --seed 1 --out o/seed1/curriculum")
+    assert {line[-1] for line in asked if "--antiexpert" in line} == {f"o/seed{seed}/small-full/medium.jsonl" for seed in (0, 1)}
     assert {line[-1] for line in asked if "--map" in line} == {
         f"o/seed{seed}/{name}/other.jsonl" for seed in (0, 1) for name in ("small", "small-norm", "curriculum")}
 
