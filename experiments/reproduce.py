@@ -191,7 +191,10 @@ def commands(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
     if "figure4" in names:
         yield line("python", "vocab_map.py", "--base", bases / "other", "--value", bases / "small", "--text",
                    bases / "documents.json", "--out", bases / "map.safetensors")
-    for seed, (name, rows) in itertools.product(range(seeds), planned(names).items()):
+    if "table3" in names:
+        shapes = itertools.chain(*(("--shape", base, "tinyllama-1.1b") for base in ("llama-2-7b", "llama-2-13b")))
+        yield line("python", "experiments/bench.py", "decode", *shapes, "--tokens", *LENGTHS)
+    for seed, (name, rows) in itertools.product(range(seeds), planned([name for name in names if name in TABLES]).items()):
         recipe, trained_to = RECIPES[name], out / f"seed{seed}" / name.replace(" ", "-")
         connection, beside = recipe.settings.get("connection", "residual"), [bases / base for base in recipe.beside]
         how = ["--base", *beside, "--connection", connection, "--lam", 1.0 if "lam" in recipe.settings else 0.0]

@@ -68,6 +68,7 @@ def test_commands_name_every_row_once():
     assert len({line[-1] for line in asked}) == len(asked)  # no replies over others
     rows = {row for _, rows in reproduce.TABLES.values() for row in rows}
     assert len(asked) == 2 * len(rows) and sum("train.py" in line for line in lines) == 2 * len(reproduce.RECIPES)
+    assert not any(line[1] in ("train.py", "sample.py") for line in map(shlex.split, reproduce.commands(["table3"], 2, Path("o"))))
     curriculum = next(" ".join(line) for line in lines if line[-1] == "o/seed1/curriculum")
     assert curriculum == ("python train.py --base o/family/small o/family/medium o/family/large --connection residual --lam 0.0 "
                           "--value o/family/small --data o/family/general.jsonl --seed 1 --out o/seed1/curriculum")
