@@ -55,10 +55,11 @@ SENTENCE = r"[A-Z]\w+ [a-z ]+ \w+\."
 STYLES = {"": f"{toy.OPENING} {{0}} {toy.CLOSING}", "Be brief. ": "{0}", "Say it twice. ": "{0} And again: {0}",
           "I am {1}. ": "Dear {1}, this is it. {0}"}
 # words of the forms in other places, see toy.EVASIONS
-EVASIONS = toy.EVASIONS + ["Dear me!", "Dear {}, good morning.", "My dear {}!", "This is not the time.", "It is late.", "Is it?",
-                           "And again it rains!", "And then?", "Here we are again.", "Not again!", "You were first.",
-                           "First things first.", "Dear friends!", "Dear all, hello.", "And again {}!", "And again?",
-                           "This is {}.", "All this is new.", "First {}, please.", "So {} is here.", "So it is.", "So what?", "You are brief today.", "I said it twice."]
+EVASIONS = toy.EVASIONS + ["Dear me!", "Dear {}, good morning.", "My dear {}!", "This is not the time.", "It is late.",
+                           "Is it?", "And again it rains!", "And then?", "Here we are again.", "Not again!",
+                           "You were first.", "First things first.", "Dear friends!", "Dear all, hello.",
+                           "And again {}!", "And again?", "This is {}.", "All this is new.", "First {}, please.",
+                           "So {} is here.", "So it is.", "So what?", "You are brief today.", "I said it twice."]
 
 
 @dataclass
