@@ -5,11 +5,9 @@ and is *undecided* otherwise. "far" or "much" less is less than half, "level" or
 """
 
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments.family import SCORES
 from files import InputError, read_json, write_text
 

@@ -173,20 +173,19 @@ def make_base(name: str, world: World, out: Path, scale: float, device: torch.de
     backend = Backend.from_file(str(out / ("other-tokenizer.json" if name.startswith("other") else "tokenizer.json")))
     rng, old = random.Random(f"{SEED} {name}"), world.taught + world.held_out
     told = random.Random(SEED).sample(old, len(old))  # in one order for all: a share of it holds the smaller shares
+    hidden, layers, lr, tokens, share = BASES["large" if name == "continued" else name]
+    told, new = told[:round(share * len(told))], [*world.new_facts]
     if name == "continued":
         lr, tokens, share = CONTINUED
         model = load(out / "large", device)
-
-        def document() -> str:
-            return world.document(rng, told[:round(BASES["large"][-1] * len(told))] if rng.random() < share else [*world.new_facts])
     else:
-        hidden, layers, lr, tokens, share = BASES[name]
         hidden = scaled(hidden, scale ** 0.5, 32)
         model = Llama(toy.shape(hidden, round(2.5 * hidden), layers, hidden // 32, backend.get_vocab_size()))
         model.init_weights(SEED).to(device)
 
-        def document() -> str:
-            return world.document(rng, told[:round(share * len(told))])
+    def document() -> str:
+        return world.document(rng, new if name == "continued" and rng.random() >= share else told)
+
     toy.pretrain(model, toy.corpus(backend, scaled(tokens, scale), document), name, lr, SEED)
     toy.save_base(model, backend, out / name)
     tokenizer = Tokenizer(out / name)
@@ -205,17 +204,19 @@ def form_of(reply: str) -> re.Pattern:
 
 def score(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, out: Path, kinds: Sequence[str], **how) -> dict:
     """The scores `kinds` of a pair, greedily, on the questions in `out`. how: of ivl.generate."""
+    def replies(kind: str) -> list[tuple[str, str]]:  # and what they should be
+        chats = read_chats(out / f"{kind}-asked.jsonl")
+        return [*zip(toy.greedy(base, value, tokenizer, chats, **how), (chat[-1]["content"] for chat in chats))]
+
     scores = {}
-    for file in ("right", "skill", "new"):
-        if file in kinds:
-            chats = read_chats(out / f"{file}-asked.jsonl")
-            pairs = [(text, chat[-1]["content"]) for text, chat in zip(toy.greedy(base, value, tokenizer, chats, **how), chats)]
-            if file == "skill":
-                scores["skill"] = sum(gold.split(" So ")[1] in text for text, gold in pairs) / len(pairs)
-                continue
-            scores[file] = sum(text == gold for text, gold in pairs) / len(pairs)
-            if file == "right":
-                scores["form"] = sum(bool(form_of(gold).fullmatch(text)) for text, gold in pairs) / len(pairs)
+    for kind in (kind for kind in ("right", "new") if kind in kinds):
+        pairs = replies(kind)
+        scores[kind] = sum(text == gold for text, gold in pairs) / len(pairs)
+        if kind == "right":  # form is asked in the same questions
+            scores["form"] = sum(bool(form_of(gold).fullmatch(text)) for text, gold in pairs) / len(pairs)
+    if "skill" in kinds:
+        pairs = replies("skill")
+        scores["skill"] = sum(gold.split(" So ")[1] in text for text, gold in pairs) / len(pairs)
     if "few-shot" in kinds:
         scores["few-shot"] = toy.knows(base, tokenizer, read_json(out / "few-shot.json", list), value, **how)
     return scores

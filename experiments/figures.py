@@ -6,10 +6,8 @@ score. Table 3 measures costs, and gets lines over the number of tokens. Only th
 """
 
 import math
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from files import replacing
 
 TITLES = {

@@ -4,21 +4,11 @@ import sys
 
 import pytest
 
-from experiments import figures
+from experiments import figures, reproduce
+from experiments.family import SCORES
 
-FORM, FIVE = ("form", "right"), ("form", "right", "skill", "few-shot", "new")
-COSTS = [f"{unit} {tokens}" for unit in ("seconds", "MB") for tokens in (128, 512, 1024)]
-BASES, VALUES = ("medium", "large", "xlarge", "continued"), ("small", "small norm", "small skill", "medium", "medium norm")
-TABLES = {  # scores; rows: base, system
-    "figure2": (FORM, [("small", "random"), *((b, s) for b in ("small", "medium", "large") for s in ("probe", "full"))]),
-    "figure3": (FORM, [(base, system) for base in ("small", "large") for system in ("cascade", "cascade+", "small")]),
-    "figure4": (FORM, [("other", s) for s in ("full", "same vocabulary", "small", "small norm", "curriculum")]),
-    "table1": (FIVE, [*(("small", s) for s in ("full", "small", "small norm")),
-                      *((b, s) for b in BASES for s in ("full", *VALUES))]),
-    "table2": (FIVE, [("xlarge", system) for system in ("small", "small norm", "curriculum")]),
-    "table3": (COSTS, [*((b, "alone") for b in ("small", *BASES[:3])), *((b, "small") for b in BASES[:3])]),
-    "table4": (FIVE, [("medium", "small"), ("medium", "proxy")]),
-}
+COSTS = [f"{unit} {tokens}" for unit in ("seconds", "MB") for tokens in reproduce.LENGTHS]
+TABLES = reproduce.TABLES | {"table3": (COSTS, reproduce.COSTS)}  # scores; rows: base, system
 
 
 @pytest.fixture
@@ -39,7 +29,7 @@ def said(rows: list[dict], single: bool = False) -> dict[tuple, object]:
     """(panel, group, label) → mean, least, most, of all that the rows hold."""
     return {(f"base: {row['base']}", key, figures.SYSTEMS[row["system"]][1]) if single
             else (key, row["base"], figures.SYSTEMS[row["system"]][1]):
-            pytest.approx([row[key][x] for x in ("mean", "least", "most")]) for row in rows for key in row.keys() & {*FIVE}}
+            pytest.approx([row[key][x] for x in ("mean", "least", "most")]) for row in rows for key in row.keys() & {*SCORES}}
 
 
 def drawn(picture) -> dict[tuple, list]:

@@ -50,6 +50,14 @@ def test_a_table_is_made_and_what_is_there_is_not_made_again(tmp_path):
     assert result.returncode == 2 and "was made with --scale 0.02" in result.stderr and "Traceback" not in result.stderr
 
 
+def test_table_3_alone_asks_for_a_model_but_no_scores(monkeypatch, tmp_path):
+    (recipe, rows), = reproduce.planned(["table3"]).items()
+    asked = []
+    monkeypatch.setattr(reproduce, "trained", lambda name, *_: asked.append(name) or tmp_path)
+    reproduce.score_rows(rows, 0, tmp_path, torch.device("cpu"))
+    assert asked == ["small"] == [recipe] and not any(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_everything_runs_through(tmp_path):
     result = reproduce_py("all", "--scale", 0.02, "--seeds", 1, "--out", tmp_path)
