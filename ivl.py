@@ -1,31 +1,29 @@
 """Inverse Value Learning: the paper in code (Lu et al., NAACL 2025).
 
-A frozen base model knows things; a small value model, trained beside a small base on demonstrations,
-knows how to behave. They meet in the logits, so the value model can be moved to another base:
+A frozen base model knows things; a small value model, trained beside a small base on
+demonstrations, knows how to behave. They meet in the logits, so the value model can be moved to
+another base:
 
-    z_base = π_base(x, y_<t; θ₁)                                                    equation (1)
-    z_Δ    = π_Δ(x, y_<t; θ₂)             or reads more: see connections.py         equation (2), §4.1
-    z_post = stop_gradient(z_base) + z_Δ                                            equation (3)
-    L      = CE(z_post, p_l) + λ ‖z_Δ‖₁   over the tokens of the replies            equation (4), §4.2.1
+    z_base = π_base(x, y_<t; θ₁)                                                equation (1)
+    z_Δ    = π_Δ(x, y_<t; θ₂)          or reads more: extras/connections.py     equation (2), §4.1
+    z_post = stop_gradient(z_base) + z_Δ                                        equation (3)
+    L      = CE(z_post, p_l) + λ ‖z_Δ‖₁    over the tokens of the replies       equation (4); §4.2.1
 
 ‖z_Δ‖₁ is taken as a mean over the vocabulary, as in the authors' code: λ = 1.0 (Table 5) belongs to
-V = 32000. The term's pull on one logit is λ/V, so for a small vocabulary λ shrinks in proportion.
+V = 32000. The term's pull on one logit is λ/V: for a smaller vocabulary choose λ smaller too.
 
-Shapes: B batch, T time, V vocabulary. θ₁ never receives a gradient: `combine` detaches z_base.
+Shapes: B batch, T time, V vocabulary, H hidden (H_b base, H_v value), n rows of logits.
+θ₁ never receives a gradient: `combine` detaches z_base.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from connections import CHUNK, Probe, value_input
-from decode import Lane, choose, record_steps
 from files import InputError
-from mapped import MappedBase
 from model import Llama
-from vocab_map import VocabMap
 
 try:
     import triton
@@ -33,277 +31,444 @@ try:
 except ImportError:  # not on macOS and Windows: every kernel has a plain twin
     triton = None
 
+CHUNK = {"cpu": 2**21, "cuda": 2**24}  # logits of one model that exist at a time in training
+ROWS = 128  # products are fastest with a multiple of so many rows
 BLOCK = 4096  # logits of a row that the kernel holds at a time
 
 
 # ---------------------------------------------------------------- the objective
+
 
 def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     """z_post = stop_gradient(z_base) + α z_Δ, equation (3).  (..., V)
 
     α = 1 is the paper; 0 gives the base alone, other values dose the value model's influence.
     Where one model's vocabulary has a padded tail, the shared front of both counts.
+
+    Example: of three words the base prefers the first, the value model the second
+    >>> combine(torch.tensor([3.0, 2.0, 0.0]), torch.tensor([-2.0, 1.0, 0.0]))
+    tensor([1., 3., 0.])
     """
     V = min(z_base.shape[-1], z_delta.shape[-1])
     return torch.add(z_base[..., :V].detach(), z_delta[..., :V], alpha=alpha)
 
 
-def proxy(z_expert: Tensor, z_antiexpert: Tensor) -> Tensor:
-    """z_Δ of proxy tuning (Liu et al., 2024; appendix D): what fine-tuning has changed in a small model.  (..., V)
-
-    Nothing is trained beside the base, but a third model runs at inference: the small model as it was before.
-    """
-    V = min(z_expert.shape[-1], z_antiexpert.shape[-1])
-    return z_expert[..., :V] - z_antiexpert[..., :V]
-
-
 def norm_term(z_delta: Tensor, counted: Tensor) -> Tensor:
-    """Σ over the counted positions of mean_V |z_Δ|, §4.2.1.  z_delta (B, T, V), counted (B, T) bool → scalar
+    """Σ over the counted positions of mean_V |z_Δ|, §4.2.1.  z_delta (B, T, V) → scalar
 
-    `counted` keeps padding out: without it the value model would be rewarded for silence where nobody reads.
+    counted: (B, T) bool, from `Chats.batch`: the targets, or with --norm_over all every position,
+    padding too. Where padding is counted, the value model is rewarded for silence nobody reads.
     """
     return z_delta[counted].float().abs().mean(-1).sum()
 
 
-def loss_sums(z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def loss_sums(
+    z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor]:
     """The two terms of the loss as sums in nats, (cross-entropy, norm term), in float32.
 
-    z_base, z_delta: (B, T, V); z_base None stands for zeros: then z_Δ is a model of its own (full fine-tuning).
-    targets: (B, T), the token that each position should predict, negative: none (prompt, padding). counted: (B, T), see `norm_term`.
-    Sums, not means, so that a batch split into parts of unequal length still adds up to the same gradient.
+    z_base, z_delta: (B, T, V); z_base None stands for zeros: fine-tuning of the model itself.
+    targets: (B, T), the token to predict at each position; negative: none (prompt, padding).
+    counted: (B, T) bool, see `norm_term`.
+    Sums, not means: parts of a batch, of unequal lengths, add up to the gradient of the whole.
     """
-    z_post = z_delta if z_base is None else combine(z_base, z_delta)
-    chosen = targets >= 0  # the loss of a prompt's tokens is not computed and thrown away
-    cross_entropy = F.cross_entropy(z_post[chosen].float(), targets[chosen], reduction="sum")
+    z_post = z_delta if z_base is None else combine(z_base, z_delta)  # (B, T, V)
+    z_delta = z_delta[..., : z_post.shape[-1]]
+
+    # a prompt's tokens have no target, so nothing is computed for them
+    has_target = targets >= 0  # (B, T)
+    z_post = z_post[has_target].float()  # (n, V)
+    cross_entropy = F.cross_entropy(z_post, targets[has_target], reduction="sum")
     return cross_entropy, norm_term(z_delta, counted)
 
 
-class TwoHeadedLoss(torch.autograd.Function):
-    """The same loss from the hidden states, without ever holding z_base or z_Δ in full.
+# ---------------------------------------------------------------- the same loss, chunk by chunk
 
-    Tokens that count for nothing are dropped before the unembeddings; the others go through both in chunks.
-    `combine_loss` turns a chunk's z_Δ into its gradient on the spot, from which follow at once
-    dh_v = dz W_v and dW_v += dzᵀ h_v. Nothing is computed for the base, and nothing again in backward.
+
+def two_headed_loss(
+    h_base: Tensor | None,
+    W_base: Tensor | None,
+    h_value: Tensor,
+    W_value: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    w_ce: float,
+    w_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """w_ce · cross-entropy + w_norm · norm term, the same as `loss_sums`, from the hidden states.
+
+    h_base (B, T, H_b), h_value (B, T, H_v): the last hidden states; None for z_base = 0.
+    W_base (V_b, H_b), W_value (V_v, H_v): the two unembeddings; V = min(V_b, V_v) words count.
+    w_ce, w_norm: 1 / number of targets and λ / number of counted positions give equation (4). They
+    are needed now, since the gradient is computed along with the loss.
+    Gives the loss and, without gradient, the two sums (2,). Gradients flow to h_value and W_value.
     """
-
-    @staticmethod
-    def forward(ctx, h_base, head_base, h_value, head_value, targets, counted, w_ce, w_norm):
-        device, V = h_value.device.type, min(len(head) for head in (head_base, head_value) if head is not None)
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_value.dtype
-        keep = (targets >= 0) | counted
-        h, W = h_value.detach()[keep].to(dtype), head_value.detach()[:V].to(dtype)  # (n, H_v), (V, H_v)
-        if h_base is not None:
-            h_base, W_base = h_base.detach()[keep].to(dtype), head_base.detach()[:V].to(dtype)
-        targets, counted = targets[keep], counted[keep]
-        sums = torch.zeros(2, device=h.device)
-        backward = ctx.needs_input_grad[2]
-        dh, dW = (torch.empty_like(h), torch.zeros_like(head_value)) if backward else (None, None)
-        with torch.autocast(device, enabled=False):
-            size = max(1, CHUNK.get(device, 2**24) // V)
-            for part in (slice(first, first + size) for first in range(0, len(h), size)):
-                z_base = None if h_base is None else h_base[part] @ W_base.T
-                z_delta = h[part] @ W.T
-                sums += combine_loss(z_base, z_delta, targets[part], counted[part], w_ce, w_norm)
-                if backward:
-                    dz = z_delta  # by now
-                    torch.mm(dz, W, out=dh[part])
-                    if dtype == dW.dtype:
-                        dW[:V].addmm_(dz.T, h[part])
-                    else:
-                        dW[:V] += dz.T @ h[part]
-        if backward:
-            ctx.save_for_backward(dh, dW, keep)
-        return w_ce * sums[0] + w_norm * sums[1], sums
-
-    @staticmethod
-    def backward(ctx, gradient, _):
-        dh, dW, keep = ctx.saved_tensors
-        full = torch.zeros(*keep.shape, dh.shape[-1], device=dh.device, dtype=dh.dtype)
-        full[keep] = dh.mul_(gradient)
-        return None, None, full, dW.mul_(gradient), None, None, None, None
-
-
-def two_headed_loss(h_base: Tensor | None, head_base: Tensor | None, h_value: Tensor, head_value: Tensor, targets: Tensor,
-                    counted: Tensor, w_ce: float, w_norm: float) -> tuple[Tensor, Tensor]:
-    """w_ce · cross-entropy + w_norm · norm term, and the two sums (2,) without gradient: see `loss_sums`.
-
-    h_base (B, T, H_b), h_value (B, T, H_v): last hidden states; head_base (V_b, H_b), head_value (V_v, H_v).
-    Gradients flow to h_value and head_value only. The weights are given beforehand, since the gradient is
-    computed along with the loss.
-    """
-    loss, sums = TwoHeadedLoss.apply(h_base, head_base, h_value, head_value, targets, counted, w_ce, w_norm)
+    loss, sums = TwoHeadedLoss.apply(
+        h_base, W_base, h_value, W_value, targets, counted, w_ce, w_norm
+    )
     return loss, sums.detach()
 
 
-def combine_loss(z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: Tensor, w_ce: float,
-                 w_norm: float) -> Tensor:
-    """Sums of cross-entropy and norm term over n rows, in float32 (2,); the gradient is written over z_delta.
+class TwoHeadedLoss(torch.autograd.Function):
+    """`two_headed_loss`: z_base and z_Δ never exist in full, only a chunk of their rows at a time.
 
-    z_base, z_delta: (n, V) in any float type (z_base None: zeros); targets (n,), negative: none; counted (n,) bool.
-    dz = w_ce (softmax(z_post) − onehot(target)) + w_norm sign(z_Δ) / V. On CUDA one kernel, elsewhere this.
+    Positions with neither a target nor a norm term are passed over; the others go through both
+    unembeddings in chunks. `combine_loss` turns a chunk's z_Δ into its gradient dz on the spot,
+    from which follow at once dh = dz W and dW += dzᵀ h. Nothing is computed for the base, and
+    nothing again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx, h_base, W_base, h_value, W_value, targets, counted, w_ce, w_norm):
+        device = h_value.device.type
+        dtype = h_value.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+
+        # both unembeddings, in the precision of the products, over the words that both have
+        V = len(W_value) if W_base is None else min(len(W_base), len(W_value))
+        W_v = W_value.detach()[:V].to(dtype)  # (V, H_v)
+        ctx.shape = h_value.shape
+        h_value = h_value.detach().flatten(0, 1)  # (B·T, H_v)
+        if h_base is not None:
+            W_b = W_base.detach()[:V].to(dtype)  # (V, H_b)
+            h_base = h_base.detach().flatten(0, 1)  # (B·T, H_b)
+
+        # whoever asks for a gradient of h_value or W_value gets it made here, along with the loss
+        trains = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        if trains:
+            dh = torch.zeros_like(h_value)  # (B·T, H_v)
+            dW = torch.zeros_like(W_value)  # (V_v, H_v)
+
+        # the positions with a target or a norm term, a chunk at a time
+        targets, counted = targets.flatten(), counted.flatten()  # (B·T,)
+        rows = ((targets >= 0) | counted).nonzero()[:, 0]  # (n,)
+        sums = torch.zeros(2, device=h_value.device)
+        with torch.autocast(device, enabled=False):  # each type is set by hand
+            for chunk in rows.split(chunk_rows(V, device)):
+                h_v = h_value[chunk].to(dtype)  # (chunk, H_v)
+                z_delta = h_v @ W_v.T  # (chunk, V)
+                z_base = None
+                if h_base is not None:
+                    z_base = h_base[chunk].to(dtype) @ W_b.T  # (chunk, V)
+                sums += combine_loss(z_base, z_delta, targets[chunk], counted[chunk], w_ce, w_norm)
+                if trains:
+                    dz = z_delta  # `combine_loss` has written it there
+                    dh[chunk] = (dz @ W_v).to(dh.dtype)  # (chunk, H_v)
+                    add_product(dW[:V], dz.T, h_v)  # (V, H_v)
+                z_base = z_delta = dz = None  # freed before the next chunk's are made
+
+        if trains:
+            ctx.save_for_backward(dh, dW)
+        return w_ce * sums[0] + w_norm * sums[1], sums
+
+    @staticmethod
+    def backward(ctx, gradient, _):  # of the loss; the sums have none
+        dh, dW = ctx.saved_tensors
+        dh = dh.mul_(gradient).view(ctx.shape)
+        return None, None, dh, dW.mul_(gradient), None, None, None, None
+
+
+def chunk_rows(V: int, device: str) -> int:
+    """How many rows of V logits are made at a time on a kind of device."""
+    rows = max(1, CHUNK.get(device, CHUNK["cuda"]) // V)
+    if rows > ROWS:
+        rows -= rows % ROWS
+    return rows
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, where the total may be of higher precision than a and b."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        # the product is summed in the total's type, and never rounded to a's
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+def combine_loss(
+    z_base: Tensor | None,
+    z_delta: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    w_ce: float,
+    w_norm: float,
+) -> Tensor:
+    """Sums of cross-entropy and norm term over n rows, (2,); the gradient is written over z_delta.
+
+    z_base, z_delta: (n, V) in any float type (z_base None: zeros); targets (n,), below V, negative:
+    none; counted (n,) bool. The arithmetic is in float32, only dz is rounded to z_delta's type.
+    dz = w_ce (softmax(z_post) − onehot(target)) + w_norm sign(z_Δ) / V.
+    On CUDA this is one kernel, see `combine_loss_fused`; elsewhere what follows.
     """
     if z_delta.is_cuda and triton is not None:
         return combine_loss_fused(z_base, z_delta, targets, counted, w_ce, w_norm)
+    # equation (3) again, in float32
+    V = z_delta.shape[-1]
     delta = z_delta.float()
-    z = delta if z_base is None else z_base.float() + delta
-    chosen, picked = targets >= 0, targets.clamp(min=0)[:, None]
-    log_sum = z.logsumexp(-1, keepdim=True)
-    cross_entropy = (log_sum - z.gather(-1, picked))[chosen].sum()
+    z_post = delta if z_base is None else z_base.float() + delta  # (n, V)
+
+    # where there is no target any token does: what comes of it is left out below
+    has_target = targets >= 0  # (n,)
+    token = targets.clamp(min=0)[:, None]  # (n, 1)
+
+    # the two sums
+    log_sum = z_post.logsumexp(-1, keepdim=True)  # (n, 1)
+    cross_entropy = (log_sum - z_post.gather(-1, token))[has_target].sum()
     norm = delta.abs().mean(-1)[counted].sum()
-    p = (z - log_sum).exp_().scatter_add_(-1, picked, torch.full_like(log_sum, -1.0))  # softmax − onehot
-    p.mul_(w_ce).masked_fill_(~chosen[:, None], 0.0)
-    z_delta.copy_(p.add_(delta.sign() * counted[:, None], alpha=w_norm / z_delta.shape[-1]))
+
+    # the gradient: softmax − onehot where there is a target, the sign where z_Δ is counted
+    dz = (z_post - log_sum).exp_()  # softmax, (n, V)
+    dz.scatter_add_(-1, token, torch.full_like(log_sum, -1.0))  # − onehot
+    dz.mul_(w_ce).masked_fill_(~has_target[:, None], 0.0)
+    # (the signs are written over z_Δ, which is read no more)
+    dz.addcmul_(delta.sign_(), counted[:, None].float(), value=w_norm / V)
+    z_delta.copy_(dz)
     return torch.stack((cross_entropy, norm))
-
-
-# ---------------------------------------------------------------- vocabularies
-
-def shared_vocabulary(base_tokens: Sequence[str | None], value_tokens: Sequence[str | None]) -> int:
-    """How many leading ids mean the same token in both vocabularies.
-
-    base_tokens, value_tokens: the content of each id, None for a row of padding. What one side has past the
-    other's end (padding, tokens added later: CodeLlama's 32016 against Llama-2's 32000) is left out of z_post.
-    Raises InputError where the two differ in content: equal sizes prove nothing.
-    """
-    def trimmed(tokens: Sequence[str | None]) -> list[str | None]:
-        used = [i for i, token in enumerate(tokens) if token is not None]
-        return list(tokens[:used[-1] + 1]) if used else []
-
-    base_tokens, value_tokens = trimmed(base_tokens), trimmed(value_tokens)
-    shared = min(len(base_tokens), len(value_tokens))
-    for i in range(shared):
-        if base_tokens[i] != value_tokens[i]:
-            raise InputError(
-                f"the base and the value model have different vocabularies: token {i} is {base_tokens[i]!r} in the one "
-                f"and {value_tokens[i]!r} in the other; make a map between them with vocab_map.py")
-    return shared
-
-
-# ---------------------------------------------------------------- decoding
-
-@torch.inference_mode()
-def generate(base: Llama, value: Llama | Probe | None, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
-             connection: str = "residual", antiexpert: Llama | None = None,
-             alpha: float = 1.0, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             stop: Collection[int] = (), vocabulary: int | None = None,
-             mapping: VocabMap | None = None, choose=choose) -> Iterator[list[int | None]]:
-    """Decodes z_post over two key-value caches; value None decodes the base alone.
-
-    prompts: B lists of token ids, of any lengths. Each step yields B new ids; a reply's last one is a token of
-    `stop`, and after it the row yields None. Ends when every row has stopped or after max_new_tokens.
-    vocabulary: the first ids that may be chosen, see `shared_vocabulary` (default: all that both models have).
-    mapping: for a base with another tokenizer; prompts and replies are in the value model's ids, equation (5), and
-    replies also end where a text fills the base's context.
-    connection: one of connections.CONNECTIONS; all but residual need base and value on one device, and no mapping.
-    antiexpert: makes `value` the expert of proxy tuning, see `proxy`; that is a third cache.
-    choose: see `sharding.chooser`, for logits in slices.
-    """
-    reader = None
-    if mapping is not None and not mapping.identity:
-        reader, texts = MappedBase(base, mapping, len(prompts)), [list(prompt) for prompt in prompts]
-    longest = max(map(len, prompts))
-    size = len(prompts), longest + max_new_tokens
-
-    def reads(tokens: Tensor) -> Tensor:
-        return value_input(connection, value, tokens, lanes[0].h, base.head)
-
-    lanes = [Lane(base, *size)] if reader is None else []
-    if value is not None:
-        lanes.append(Lane(value, *size, None if connection == "residual" else reads))
-    if antiexpert is not None:
-        lanes.append(Lane(antiexpert, *size))
-    device = base.embed.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def decide(z: list[Tensor]) -> Tensor:
-        """The next token of each row, (B,), which the models are to read next."""
-        z = [part.to(device) for part in z]
-        if antiexpert is not None:
-            z = [z[0], proxy(*z[1:])]
-        z_post = z[0] if len(z) == 1 else combine(*z, alpha)
-        new = choose(z_post[:, :vocabulary], temperature, top_k, top_p, generator)
-        for lane in lanes:
-            lane.tokens.copy_(new[:, None])
-        return new
-
-    def step(end: int) -> Tensor:
-        z = [] if reader is None else [reader.next(texts)]
-        return decide(z + [lane.step(end) for lane in lanes])
-
-    # on CUDA a step is one graph, and launched before the last one's tokens are looked at: the device never waits
-    ahead = device.type == "cuda" and reader is None
-    if ahead:
-        step = record_steps(lanes, decide, generator)
-    new = decide(([] if reader is None else [reader.next(texts)]) + [lane.prefill(prompts) for lane in lanes])
-    running = [True] * len(prompts)
-    for end in range(longest + 1, longest + max_new_tokens + 1):
-        last = end == longest + max_new_tokens
-        ids = new.to("cpu", non_blocking=ahead)
-        if ahead:
-            copied = torch.cuda.current_stream(device).record_event()
-            new = None if last else step(end)
-            copied.synchronize()
-        ids = ids.tolist()
-        yield [i if on else None for i, on in zip(ids, running)]
-        running = [on and i not in stop for i, on in zip(ids, running)]
-        if last or not any(running):
-            return
-        if reader is not None:
-            if reader.full():
-                return
-            texts = [[*text, i] if on else text for text, i, on in zip(texts, ids, running)]
-        if not ahead:
-            new = step(end)
 
 
 # ---------------------------------------------------------------- the kernel
 
 if triton is not None:
-    @triton.jit
-    def _combine_loss(z_base, z_delta, targets, counted, cross_entropy, norm, w_ce, w_norm, V, base_row, delta_row,
-                      HAS_BASE: tl.constexpr, BLOCK: tl.constexpr):
-        """One program a row: a first pass over it for log Σ exp and |z_Δ|, a second for the gradient.
 
-        Device memory is touched three times per entry: z_base and z_Δ are read, the gradient is written. The
-        second pass reads what the first has just brought into the cache.
+    @triton.jit
+    def _combine_loss(
+        z_base,  # pointer, (n, V)
+        z_delta,  # pointer, (n, V): read, then overwritten by the gradient
+        targets,  # pointer, (n,)
+        counted,  # pointer, (n,)
+        cross_entropy,  # pointer, (n,): result
+        norm,  # pointer, (n,): result
+        w_ce,
+        w_norm,
+        base_stride,
+        delta_stride,
+        V: tl.constexpr,
+        HAS_BASE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One program a row: a pass over it for log Σ exp and Σ|z_Δ|, one for the gradient.
+
+        Device memory is touched three times per entry: z_base and z_Δ are read, the gradient is
+        written. The second pass reads what the first has just brought into the cache.
         """
         row = tl.program_id(0).to(tl.int64)
-        target, count = tl.load(targets + row), tl.load(counted + row).to(tl.float32)
-        z_base, z_delta = z_base + row * base_row, z_delta + row * delta_row
-        top, total, size = -float("inf"), 0.0, 0.0
-        for first in range(0, V, BLOCK):
-            i = first + tl.arange(0, BLOCK)
-            delta = tl.load(z_delta + i, i < V, 0.0).to(tl.float32)
-            z = delta + tl.load(z_base + i, i < V, 0.0).to(tl.float32) if HAS_BASE else delta
-            z = tl.where(i < V, z, -float("inf"))
-            new = tl.maximum(top, tl.max(z, 0))
-            safe = tl.where(new == -float("inf"), 0.0, new)  # a block of −inf only must not give inf − inf
-            total = total * tl.exp(top - safe) + tl.sum(tl.exp(z - safe), 0)
-            size += tl.sum(tl.abs(delta), 0)
-            top = new
-        log_sum = top + tl.log(total)
-        chosen = target >= 0
-        z = tl.load(z_delta + target, chosen, 0.0).to(tl.float32)
+        z_base += row * base_stride
+        z_delta += row * delta_stride
+
+        # the target's logit is looked up first: later the gradient stands in its place
+        target = tl.load(targets + row)
+        count = tl.load(counted + row).to(tl.float32)
+        has_target = target >= 0
+        z_target = tl.load(z_delta + target, has_target, 0.0).to(tl.float32)
         if HAS_BASE:
-            z += tl.load(z_base + target, chosen, 0.0).to(tl.float32)
-        tl.store(cross_entropy + row, tl.where(chosen, log_sum - z, 0.0))
-        tl.store(norm + row, size / V * count)
-        w_ce = tl.where(chosen, w_ce, 0.0)
-        for first in range(0, V, BLOCK):
-            i = first + tl.arange(0, BLOCK)
+            z_target += tl.load(z_base + target, has_target, 0.0).to(tl.float32)
+
+        # first pass: Σ exp(z − largest so far), rescaled as the largest grows, and Σ|z_Δ|
+        largest = -float("inf")
+        total = 0.0
+        abs_sum = 0.0
+        for start in range(0, V, BLOCK):
+            i = start + tl.arange(0, BLOCK)
             delta = tl.load(z_delta + i, i < V, 0.0).to(tl.float32)
-            z = delta + tl.load(z_base + i, i < V, 0.0).to(tl.float32) if HAS_BASE else delta
+            z = delta
+            if HAS_BASE:
+                z = z + tl.load(z_base + i, i < V, 0.0).to(tl.float32)
+            z = tl.where(i < V, z, -float("inf"))
+            new = tl.maximum(largest, tl.max(z, 0))
+            safe = tl.where(new == -float("inf"), 0.0, new)  # only −inf so far: no inf − inf
+            total = total * tl.exp(largest - safe) + tl.sum(tl.exp(z - safe), 0)
+            abs_sum += tl.sum(tl.abs(delta), 0)
+            largest = new
+        log_sum = largest + tl.log(total)
+        tl.store(cross_entropy + row, tl.where(has_target, log_sum - z_target, 0.0))
+        tl.store(norm + row, abs_sum / V * count)
+
+        # second pass: the gradient, over z_Δ
+        w_row = tl.where(has_target, w_ce, 0.0)
+        for start in range(0, V, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            delta = tl.load(z_delta + i, i < V, 0.0).to(tl.float32)
+            z = delta
+            if HAS_BASE:
+                z = z + tl.load(z_base + i, i < V, 0.0).to(tl.float32)
+            onehot = (i == target).to(tl.float32)
             sign = (delta > 0).to(tl.float32) - (delta < 0).to(tl.float32)
-            gradient = w_ce * (tl.exp(z - log_sum) - (i == target).to(tl.float32)) + w_norm / V * count * sign
-            tl.store(z_delta + i, gradient.to(z_delta.dtype.element_ty), i < V)
+            dz = w_row * (tl.exp(z - log_sum) - onehot) + w_norm / V * count * sign
+            tl.store(z_delta + i, dz.to(z_delta.dtype.element_ty), i < V)
 
 
-def combine_loss_fused(z_base: Tensor | None, z_delta: Tensor, targets: Tensor, counted: Tensor, w_ce: float,
-                       w_norm: float) -> Tensor:
-    """`combine_loss` as one Triton kernel; the rows of both must be contiguous. Deterministic: no atomics."""
+def combine_loss_fused(
+    z_base: Tensor | None,
+    z_delta: Tensor,
+    targets: Tensor,
+    counted: Tensor,
+    w_ce: float,
+    w_norm: float,
+) -> Tensor:
+    """`combine_loss` as one Triton kernel. Each row is contiguous. It repeats to the bit."""
     n, V = z_delta.shape
-    rows = torch.empty(2, n, device=z_delta.device)
-    base = z_delta if z_base is None else z_base
-    _combine_loss[(n,)](base, z_delta, targets, counted, rows[0], rows[1], w_ce, w_norm, V, base.stride(0),
-                        z_delta.stride(0), z_base is not None, min(triton.next_power_of_2(V), BLOCK))
-    return rows.sum(-1)
+    sums = torch.empty(2, n, device=z_delta.device)
+    has_base = z_base is not None
+    if z_base is None:
+        z_base = z_delta  # the kernel needs some pointer; it does not follow it
+    block = min(triton.next_power_of_2(V), BLOCK)
+    with torch.cuda.device_of(z_delta):  # or Triton would launch on the current device
+        _combine_loss[(n,)](
+            z_base,
+            z_delta,
+            targets,
+            counted,
+            sums[0],
+            sums[1],
+            w_ce,
+            w_norm,
+            z_base.stride(0),
+            z_delta.stride(0),
+            V,
+            has_base,
+            block,
+            num_warps=8,  # with four, 16-bit rows need more registers than there are
+        )
+    return sums.sum(-1)
+
+
+# ---------------------------------------------------------------- vocabularies
+
+
+def shared_vocabulary(base_tokens: Sequence[str | None], value_tokens: Sequence[str | None]) -> int:
+    """How many leading ids mean the same token in both vocabularies.
+
+    base_tokens, value_tokens: the content of each id, None for a row of padding. What one side has
+    past the other's end (padding, tokens added later: CodeLlama's 32016 against Llama-2's 32000) is
+    left out of z_post. Raises InputError where the two differ: equal sizes prove nothing.
+
+    Example:
+    >>> shared_vocabulary(["<s>", "a", "b", None], ["<s>", "a", "b", "c"])
+    3
+    """
+
+    def used(tokens: Sequence[str | None]) -> int:
+        """The length without the padding at the end."""
+        return max((i + 1 for i, token in enumerate(tokens) if token is not None), default=0)
+
+    shared = min(used(base_tokens), used(value_tokens))
+    for i in range(shared):
+        if base_tokens[i] != value_tokens[i]:
+            raise InputError(
+                "the base and the value model have different vocabularies: token "
+                f"{i} is {base_tokens[i]!r} in the one and {value_tokens[i]!r} in the other; "
+                "make a map between them with vocab_map.py"
+            )
+    return shared
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """The next token of each row.  logits (B, V) → (B,)
+
+    temperature 0 takes the likeliest token. Else top_k keeps the k likeliest (0: all), and of them
+    top_p the fewest that together have probability p (1: all), always at least one.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+
+    if top_k:
+        k = min(top_k, logits.shape[-1])
+        kth = logits.topk(k).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)  # (B, V) each
+        p = ordered.softmax(-1)
+        drop = p.cumsum(-1) - p >= top_p  # all likelier tokens together have reached top_p already
+        drop[:, 0] = False
+        logits = logits.scatter(-1, order, ordered.masked_fill(drop, -torch.inf))
+
+    # the argmax of p / e, with e ~ Exponential(1) for each token, is a draw from p; unlike
+    # torch.multinomial it does not make the host wait for the device
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Texts side by side, padded on the right: tokens (B, T), and how many are real (B,).
+
+    Example:
+    >>> padded([[5, 6, 7], [8]])
+    (tensor([[5, 6, 7],
+            [8, 0, 0]]), tensor([3, 1]))
+    """
+    lengths = [len(text) for text in texts]
+    T = max(lengths)
+    rows = [[*text, *[0] * (T - len(text))] for text in texts]
+    return torch.tensor(rows), torch.tensor(lengths)
+
+
+@torch.inference_mode()
+def generate(
+    base: Llama,
+    value: Llama | None,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    alpha: float = 1.0,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+    vocabulary: int | None = None,
+    choose: Callable[..., Tensor] = choose,
+) -> Iterator[list[int | None]]:
+    """Decodes z_post, with a key-value cache for each model; value None decodes the base alone.
+
+    base, value: Llamas, or whatever else has a `reader` and an `unembed`, see `model.Reader`.
+    prompts: B lists of token ids, each of one or more. Each step yields B new ids; a reply's last
+    one is a token of `stop`, or the one that fills a model's context, and after it the row yields
+    None. Ends when every row has ended or after max_new_tokens.
+    temperature, top_k, top_p, seed: see `choose`.
+    vocabulary: the first ids that may be chosen, see `shared_vocabulary` (default: all of them).
+    choose: another way to choose, with the arguments of `choose`.
+
+    Example: two prompts, 2 is in `stop`, and the second reply stops at once. What is yielded:
+        [7, 2], then [9, None], then [4, None], ...
+    """
+    # 1) a reader for each model, with a cache for the prompts and what will follow
+    texts, lengths = padded(prompts)  # (B, T), (B,)
+    B, T = texts.shape
+    models = [base] if value is None else [base, value]
+    readers = [model.reader(B, T + max_new_tokens) for model in models]
+    generator = torch.Generator(base.unembed.device).manual_seed(seed)
+
+    def step(tokens: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Both models read on and their logits are added: the next token of each row, (B,)."""
+        z_base = readers[0].read(tokens, counts)  # (B, V)
+        z_post = z_base
+        if value is not None:
+            z_delta = readers[1].read(tokens, counts)  # (B, V)
+            z_post = combine(z_base, z_delta.to(z_base.device), alpha)
+        return choose(z_post[:, :vocabulary], temperature, top_k, top_p, generator)
+
+    # 2) they read the prompts, and then the tokens that they have chosen, one by one
+    new = step(texts, lengths)  # (B,)
+    running = [True] * B
+    for left in reversed(range(max_new_tokens)):
+        ids = new.tolist()
+        yield [i if on else None for i, on in zip(ids, running)]
+
+        # 3) a row ends at a stop token, or where its new token fills a model's context; its further
+        #    tokens are chosen and read along, but not given
+        rooms = [reader.room() for reader in readers]  # of each model B numbers
+        room = [min(row) for row in zip(*rooms)]  # B numbers; the new token itself takes one
+        running = [on and i not in stop and n > 1 for i, on, n in zip(ids, running, room)]
+        if left == 0 or not any(running):
+            return
+        new = step(new[:, None])

@@ -2,9 +2,10 @@
 
     python experiments/bench.py plan --base llama-2-70b --value tinyllama-1.1b --gpus 4 --gpu h100
 
-Memory, in GiB per GPU, is what the arithmetic of this repository keeps at its peak. What the driver and fragmentation
-take comes on top, so a tenth of a GPU is left free. The time is a bound: for each token every weight and every cached
-key and value is read once, at full bandwidth. The memory agrees with Table 3 of the paper within 5 %.
+Memory, in GiB per GPU, is what the arithmetic of this repository keeps at its peak. What the
+driver and fragmentation take comes on top, so a tenth of a GPU is left free. The time is a bound:
+for each token every weight and every cached key and value is read once, at full bandwidth. The
+memory agrees with Table 3 of the paper within 5 %.
 """
 
 import argparse
@@ -13,30 +14,39 @@ from pathlib import Path
 import torch
 
 from files import InputError
-from ivl import CHUNK
+from ivl import chunk_rows
 from model import Config, Llama
 
 GIB = 2**30
 FREE = 0.1  # of a GPU, for what is not counted here
 LIBRARY = 40 * 2**20  # what cuBLAS keeps as workspace on an H100 or H800, in bytes
 
-SHAPES = {name: Config(*shape) for name, shape in {  # each model's published config.json, in the order of Config's fields
-    "tinyllama-1.1b": (32000, 2048, 5632, 22, 32, 4, 64, 2048),
-    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 128, 4096),
-    "llama-2-13b": (32000, 5120, 13824, 40, 40, 40, 128, 4096),
-    "llama-2-70b": (32000, 8192, 28672, 80, 64, 8, 128, 4096),
-    "codellama-7b": (32016, 4096, 11008, 32, 32, 32, 128, 16384),
-    "codellama-34b": (32000, 8192, 22016, 48, 64, 8, 128, 16384),
-    "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 5e5, None, True),
-    "llama-3.2-3b": (128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, None, True),
-    "llama-3-8b": (128256, 4096, 14336, 32, 32, 8, 128, 8192),
-    "llama-3.1-8b": (128256, 4096, 14336, 32, 32, 8, 128, 131072),
-    "llama-3.1-70b": (128256, 8192, 28672, 80, 64, 8, 128, 131072),
-}.items()}
+# each model's published config.json, in the order of Config's fields
+SHAPES = {
+    "tinyllama-1.1b": Config(32000, 2048, 5632, 22, 32, 4, 64, 2048),
+    "llama-2-7b": Config(32000, 4096, 11008, 32, 32, 32, 128, 4096),
+    "llama-2-13b": Config(32000, 5120, 13824, 40, 40, 40, 128, 4096),
+    "llama-2-70b": Config(32000, 8192, 28672, 80, 64, 8, 128, 4096),
+    "codellama-7b": Config(32016, 4096, 11008, 32, 32, 32, 128, 16384),
+    "codellama-34b": Config(32000, 8192, 22016, 48, 64, 8, 128, 16384),
+    "llama-3.2-1b": Config(128256, 2048, 8192, 16, 32, 8, 64, 131072, 1e-5, 5e5, None, True),
+    "llama-3.2-3b": Config(128256, 3072, 8192, 28, 24, 8, 128, 131072, 1e-5, 5e5, None, True),
+    "llama-3-8b": Config(128256, 4096, 14336, 32, 32, 8, 128, 8192),
+    "llama-3.1-8b": Config(128256, 4096, 14336, 32, 32, 8, 128, 131072),
+    "llama-3.1-70b": Config(128256, 8192, 28672, 80, 64, 8, 128, 131072),
+}
 
-GPUS = {  # memory in GiB, bandwidth in TB/s, as their makers state them
-    "rtx-3090": (24, 0.94), "rtx-4090": (24, 1.01), "l40s": (45, 0.86), "a100-40": (40, 1.56), "a100": (80, 2.04),
-    "h800": (80, 3.35), "h100": (80, 3.35), "h200": (140, 4.8), "b200": (179, 8.0),
+# memory in GiB, bandwidth in TB/s, as their makers state them
+GPUS = {
+    "rtx-3090": (24, 0.94),
+    "rtx-4090": (24, 1.01),
+    "l40s": (45, 0.86),
+    "a100-40": (40, 1.56),
+    "a100": (80, 2.04),
+    "h800": (80, 3.35),
+    "h100": (80, 3.35),
+    "h200": (140, 4.8),
+    "b200": (179, 8.0),
 }
 
 
@@ -48,131 +58,224 @@ def size(config: Config) -> int:
 
 def split(config: Config, gpus: int) -> int:
     """Into how many pieces decoding cuts a network: by key-value heads, or not at all."""
-    return gpus if config.num_key_value_heads % gpus == 0 and config.intermediate_size % gpus == 0 else 1
+    if config.num_key_value_heads % gpus or config.intermediate_size % gpus:
+        return 1
+    return gpus
 
 
-def decoding(base: Config, value: Config | None, gpus: int, tokens: int, batch: int) -> dict[str, float]:
+def decoding(
+    base: Config, value: Config | None, gpus: int, tokens: int, batch: int
+) -> dict[str, float]:
     """Bytes per GPU for `batch` texts of `tokens` tokens each, prompt and reply, in bfloat16."""
-    pairs = [("base", base)] if value is None else [("base", base), ("value model", value)]
-    parts = {f"weights of the {name}": 2 * size(config) / split(config, gpus) for name, config in pairs}
-    parts["key-value caches"] = sum(
-        2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens * batch
-        / split(config, gpus) for _, config in pairs)
-    # at worst all is prompt, read at once: the residual and what the wider of two products reads and writes
-    widest = max(3 * config.hidden_size + max(
-        3 * config.intermediate_size,
-        config.head_dim * (3 * config.num_attention_heads + 4 * config.num_key_value_heads)) / split(config, gpus)
-        for _, config in pairs)
-    V = max(config.vocab_size for _, config in pairs)
-    logits = 4 * batch * V * (1 + 4 / gpus)  # z_base, z_Δ, z_post, probabilities; every GPU draws the whole noise
+    models = {"base": base}
+    if value is not None:
+        models["value model"] = value
+    parts = {
+        f"weights of the {name}": 2 * size(config) / split(config, gpus)
+        for name, config in models.items()
+    }
+
+    caches = widest = 0
+    for config in models.values():
+        pieces = split(config, gpus)
+        heads = config.num_attention_heads
+        keys = config.num_key_value_heads
+        numbers = 2 * config.num_hidden_layers * keys * config.head_dim  # keys and values
+        caches += 2 * numbers * tokens * batch / pieces
+
+        # at worst all is prompt, read at once: the residual and what the wider of two products
+        # reads and writes
+        mlp = 3 * config.intermediate_size
+        attention = config.head_dim * (3 * heads + 4 * keys)
+        widest = max(widest, 3 * config.hidden_size + max(mlp, attention) / pieces)
+    parts["key-value caches"] = caches
+
+    # z_base, z_Δ, z_post, probabilities; every GPU draws the whole noise
+    V = max(config.vocab_size for config in models.values())
+    logits = 4 * batch * V * (1 + 4 / gpus)
     parts["activations"] = 2 * widest * tokens * batch + logits + LIBRARY
     return parts
 
 
 def saved(config: Config, checkpointing: bool) -> float:
     """Bytes that the backward pass needs of each token that is read, with bfloat16 autocast."""
+    heads, keys = config.num_attention_heads, config.num_key_value_heads
     residual = 4 * config.hidden_size  # float32, all else bfloat16
     norms = 2 * (residual + 2 * config.hidden_size)  # what each of the two read and gave
     # q, k, v together, of which v is a view; q and k turned; what the heads gave
-    attention = 2 * config.head_dim * (3 * config.num_attention_heads + 3 * config.num_key_value_heads)
+    attention = 2 * config.head_dim * (3 * heads + 3 * keys)
     mlp = 2 * 4 * config.intermediate_size  # gate and up, silu(gate), its product with up
     block = norms + attention + mlp
-    return config.num_hidden_layers * residual + block if checkpointing else config.num_hidden_layers * block
+    if checkpointing:
+        return config.num_hidden_layers * residual + block
+    return config.num_hidden_layers * block
 
 
-def training(base: Config | None, value: Config, gpus: int, tokens: int, batch: int,
-             checkpointing: bool) -> dict[str, float]:
-    """Bytes per GPU for a micro-batch of `batch` chats of `tokens` tokens; the base in bfloat16, AdamW in float32."""
+def loss(base: Config | None, value: Config, tokens: int, device: str = "cuda") -> dict[str, int]:
+    """Bytes of `ivl.two_headed_loss` at its peak, by tensor; each of `tokens` tokens has a target.
+
+    On CUDA the products are in bfloat16, on a CPU in float32. dh and dW are what any method
+    returns."""
+    V, H = value.vocab_size, value.hidden_size
+    number = 2 if device == "cuda" else 4  # bytes
+    rows = min(tokens, chunk_rows(V, device))
+    chunk = number * rows * V
+    parts = {"dh": 4 * tokens * H, "dW": 4 * V * H}
+    if number < 4:
+        parts["W as the products read it"] = number * V * H
+    parts["a chunk of z_Δ"] = chunk
+    if base is not None:
+        parts["a chunk of z_base"] = chunk
+    if device == "cuda":
+        parts["a chunk of h, and dz W in both types"] = rows * H * (number + number + 4)
+    else:
+        parts["a chunk of h"] = rows * H * number
+        copies = 2 if base is not None else 1  # z_post; dz
+        parts["float32 copies in combine_loss"] = copies * chunk
+    return parts
+
+
+def training(
+    base: Config | None, value: Config, gpus: int, tokens: int, batch: int, checkpointing: bool
+) -> dict[str, float]:
+    """Bytes per GPU for a micro-batch of `batch` chats of `tokens` tokens; the base in bfloat16,
+    AdamW in float32."""
+
     def layer(config: Config) -> int:
         return 3 * config.hidden_size * config.intermediate_size
 
-    def ends(config: Config) -> int:  # embedding and head
-        return config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    def ends(config: Config) -> int:
+        """The embedding and the unembedding."""
+        matrices = 1 if config.tie_word_embeddings else 2
+        return config.vocab_size * config.hidden_size * matrices
 
-    P, H, V = size(value), value.hidden_size, value.vocab_size
-    parts = {} if base is None else {"weights of the base": 2 * size(base) / gpus}
-    parts |= {"weights of the value model": 4 * P / gpus, "gradients": 4 * P / gpus, "optimizer": 8 * P / gpus}
-    if gpus > 1:  # two layers of each at a time, and the ends; of the value model their gradients too
-        parts["gathered from other GPUs"] = (4 + 6) * layer(value) + 8 * ends(value) + (
-            0 if base is None else 4 * layer(base) + 2 * ends(base))
+    P = size(value)
+    parts = {}
+    if base is not None:
+        parts["weights of the base"] = 2 * size(base) / gpus
+    parts["weights of the value model"] = 4 * P / gpus
+    parts["gradients"] = 4 * P / gpus
+    parts["optimizer"] = 8 * P / gpus
+
+    if gpus > 1:
+        # two layers of each at a time, and the ends; of the value model their gradients too
+        gathered = (4 + 6) * layer(value) + 8 * ends(value)
+        if base is not None:
+            gathered += 4 * layer(base) + 2 * ends(base)
+        parts["gathered from other GPUs"] = gathered
     elif checkpointing:
         parts["bfloat16 copies of the weights"] = 2 * layer(value)
     else:
         parts["bfloat16 copies of the weights"] = 2 * (P - ends(value))
     parts["activations"] = saved(value, checkpointing) * tokens * batch + LIBRARY
-    parts["loss"] = 6 * V * H + 2 * 2 * CHUNK["cuda"] + 4 * H * tokens * batch  # the head, its gradient, a chunk; dh
+    parts["loss"] = sum(loss(base, value, tokens * batch).values())
     return parts
 
 
-def bytes_per_token(base: Config, value: Config | None, gpus: int, tokens: int, batch: int) -> float:
-    """What each GPU reads for one step of decoding, at the end of the texts. The embedding's rows are too few to count."""
+def bytes_per_token(
+    base: Config, value: Config | None, gpus: int, tokens: int, batch: int
+) -> float:
+    """What each GPU reads for one step of decoding, at the end of the texts. The embedding's rows
+    are too few to count."""
     parts = decoding(base, value, gpus, tokens, batch)
     read = sum(n for name, n in parts.items() if name != "activations")
-    return read - sum(2 * config.vocab_size * config.hidden_size / gpus
-                      for config in (base, value) if config is not None and not config.tie_word_embeddings)
+    for config in (base, value):
+        if config is not None and not config.tie_word_embeddings:
+            read -= 2 * config.vocab_size * config.hidden_size / gpus
+    return read
 
 
 # ---------------------------------------------------------------- command line
+
 
 def shape(name: str) -> Config:
     if name in SHAPES:
         return SHAPES[name]
     if not (Path(name) / "config.json").exists():
-        raise InputError(f"{name}: neither a directory with config.json nor one of {', '.join(SHAPES)}")
+        raise InputError(
+            f"{name}: neither a directory with config.json nor one of {', '.join(SHAPES)}"
+        )
     return Config.load(name)
 
 
-def table(title: str, parts: dict[str, float], memory: float, remedies: dict[str, dict[str, float]]) -> None:
+def table(
+    title: str, parts: dict[str, float], memory: float, remedies: dict[str, dict[str, float]]
+) -> None:
     """Prints the parts and their sum; where it does not fit, the first remedy that does."""
+
     def fits(parts: dict[str, float]) -> bool:
         return sum(parts.values()) <= (1 - FREE) * memory * GIB
 
     print(f"\n{title:<58}GiB per GPU")
     for name, n in parts.items():
         print(f"  {name:<58}{n / GIB:9.2f}")
-    remedy = next((f"with {flags} it would" for flags, changed in remedies.items() if fits(changed)),
-                  "nor with any flag: take larger GPUs")
-    verdict = "fits" if fits(parts) else f"does not fit; {remedy}"
+    verdict = "fits"
+    if not fits(parts):
+        helpful = [flags for flags, changed in remedies.items() if fits(changed)]
+        verdict = "does not fit; nor with any flag: take larger GPUs"
+        if helpful:
+            verdict = f"does not fit; with {helpful[0]} it would"
     print(f"  {'sum':<58}{sum(parts.values()) / GIB:9.2f}   {verdict}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", required=True, help=f"a directory with config.json, or one of {', '.join(SHAPES)}")
-    parser.add_argument("--value", default="none", help="likewise, or none")
-    parser.add_argument("--gpus", type=int, default=1, help="how many (1)")
-    parser.add_argument("--gpu", choices=GPUS, default="h100", help="of which kind (h100)")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a text, prompt and reply, or of a chat (4096)")
-    parser.add_argument("--batch_size", type=int, default=1, help="texts that are decoded at a time (1)")
-    parser.add_argument("--micro_batch_size", type=int, default=4, help="chats that are learnt from at a time (4)")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute activations")
+    known = ", ".join(SHAPES)
+    add = parser.add_argument
+    add("--base", required=True, help=f"a directory with config.json, or one of {known}")
+    add("--value", default="none", help="likewise, or none")
+    add("--gpus", type=int, default=1, help="how many (1)")
+    add("--gpu", choices=GPUS, default="h100", help="of which kind (h100)")
+    add("--tokens", type=int, default=4096, help="of a text, prompt and reply, or a chat (4096)")
+    add("--batch_size", type=int, default=1, help="texts that are decoded at a time (1)")
+    add("--micro_batch_size", type=int, default=4, help="chats that are learnt from at a time (4)")
+    add("--checkpointing", action="store_true", help="recompute activations")
 
 
 def plan(args: argparse.Namespace) -> None:
-    """Prints memory and speed of decoding, and memory of training the value model beside the base, or the base itself."""
+    """Prints memory and speed of decoding, and memory of training the value model beside the base,
+    or the base itself."""
     for name in ("gpus", "tokens", "batch_size", "micro_batch_size"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} = {getattr(args, name)}; it must be at least 1")
     base, value = shape(args.base), None if args.value == "none" else shape(args.value)
     if split(base, args.gpus) != args.gpus:
-        raise InputError(f"--gpus {args.gpus}: decoding splits {args.base} by its {base.num_key_value_heads} key-value "
-                         "heads; take a number that divides them")
+        raise InputError(
+            f"--gpus {args.gpus}: decoding splits {args.base} by its {base.num_key_value_heads} "
+            "key-value heads; take a number that divides them"
+        )
     memory, bandwidth = GPUS[args.gpu]
     more = [n for n in range(args.gpus + 1, base.num_key_value_heads + 1) if split(base, n) == n]
     pair = args.base if value is None else f"{args.base} + {args.value}"
     print(f"{pair} on {args.gpus} × {args.gpu} ({memory} GiB, {bandwidth} TB/s)")
-    table(f"decoding {args.batch_size} × {args.tokens} tokens",
-          decoding(base, value, args.gpus, args.tokens, args.batch_size), memory,
-          ({"--batch_size 1": decoding(base, value, args.gpus, args.tokens, 1)} if args.batch_size > 1 else {})
-          | {f"--gpus {n}": decoding(base, value, n, args.tokens, args.batch_size) for n in more})
+
+    # decoding: what it takes, and what would help
+    parts = decoding(base, value, args.gpus, args.tokens, args.batch_size)
+    remedies = {}
+    if args.batch_size > 1:
+        remedies["--batch_size 1"] = decoding(base, value, args.gpus, args.tokens, 1)
+    for n in more:
+        remedies[f"--gpus {n}"] = decoding(base, value, n, args.tokens, args.batch_size)
+    table(f"decoding {args.batch_size} × {args.tokens} tokens", parts, memory, remedies)
     read = bytes_per_token(base, value, args.gpus, args.tokens, args.batch_size)
     seconds = read / (bandwidth * 1e12)
-    print(f"  a step reads {read / GIB:.2f} GiB per GPU: at least {1e3 * seconds:.1f} ms, "
-          f"at most {args.batch_size / seconds:.0f} tokens/s")
+    print(
+        f"  a step reads {read / GIB:.2f} GiB per GPU: at least {1e3 * seconds:.1f} ms, "
+        f"at most {args.batch_size / seconds:.0f} tokens/s"
+    )
 
+    # training likewise
     trained = (None, base) if value is None else (base, value)
-    alternatives = [(args.gpus, args.micro_batch_size, True), (args.gpus, 1, args.checkpointing), (args.gpus, 1, True),
-                    *((n, 1, True) for n in more)]
-    table(f"training on {args.micro_batch_size} × {args.tokens} tokens at a time" + args.checkpointing * ", checkpointing",
-          training(*trained, args.gpus, args.tokens, args.micro_batch_size, args.checkpointing), memory,
-          {f"--gpus {n} --micro_batch_size {size}" + checkpointing * " --checkpointing":
-           training(*trained, n, args.tokens, size, checkpointing) for n, size, checkpointing in alternatives})
+    parts = training(*trained, args.gpus, args.tokens, args.micro_batch_size, args.checkpointing)
+    alternatives = [
+        (args.gpus, args.micro_batch_size, True),
+        (args.gpus, 1, args.checkpointing),
+        (args.gpus, 1, True),
+    ]
+    for n in more:
+        alternatives.append((n, 1, True))
+    remedies = {}
+    for n, size, checkpointing in alternatives:
+        flags = f"--gpus {n} --micro_batch_size {size}" + checkpointing * " --checkpointing"
+        remedies[flags] = training(*trained, n, args.tokens, size, checkpointing)
+    title = f"training on {args.micro_batch_size} × {args.tokens} tokens at a time"
+    table(title + args.checkpointing * ", checkpointing", parts, memory, remedies)

@@ -1,25 +1,27 @@
 """The paper's experiments in miniature, on the family of family.py.
 
-    python experiments/reproduce.py figure2      # a linear probe and random weights against full fine-tuning
-    python experiments/reproduce.py figure3      # cascade, cascade+ and residual, at home and transferred
-    python experiments/reproduce.py table1       # value models of two sizes on five bases
-    python experiments/reproduce.py table2       # norm term and curriculum on the largest base
-    python experiments/reproduce.py table3       # time and memory of decoding with and without a value model
-    python experiments/reproduce.py table4       # one value model against proxy tuning's two
-    python experiments/reproduce.py figure4      # a base with another tokenizer
-    python experiments/reproduce.py all          # these, then
-    python experiments/reproduce.py findings     # what they say of the paper's claims, see claims.py
+    python experiments/reproduce.py figure2    # a probe and random weights against full fine-tuning
+    python experiments/reproduce.py figure3    # cascade, cascade+, residual, at home and elsewhere
+    python experiments/reproduce.py table1     # value models of two sizes on five bases
+    python experiments/reproduce.py table2     # norm term and curriculum on the largest base
+    python experiments/reproduce.py table3     # time and memory with and without a value model
+    python experiments/reproduce.py table4     # one value model against proxy tuning's two
+    python experiments/reproduce.py figure4    # a base with another tokenizer
+    python experiments/reproduce.py all        # these, then
+    python experiments/reproduce.py findings   # what they say of the paper's claims, see claims.py
 
-The paper's 1.1B, 7B, 13B and 70B are here small, medium, large and xlarge, CodeLlama is `continued`, Llama-3 `other`. The
-bases are pre-trained once, as the paper's were; --seeds vary what is trained on them. Everything made is kept in --out,
-so that a run that was stopped continues. NAME.json holds mean and spread (smallest and largest) over the seeds, NAME.png
-shows them where matplotlib is installed. --scale multiplies people, texts, questions and the bases' parameters.
+The paper's 1.1B, 7B, 13B and 70B are here small, medium, large and xlarge, CodeLlama is
+`continued`, Llama-3 `other`. The bases are pre-trained once, as the paper's were; --seeds vary what
+is trained on them. Everything made is kept in --out, so that a run that was stopped continues.
+NAME.json holds mean and spread (smallest and largest) over the seeds, NAME.png shows them where
+matplotlib is installed. --scale multiplies people, texts, questions and the bases' parameters.
 
-    python experiments/reproduce.py table1 --commands --out DIR > table1.sh    # the same at full size
+    python experiments/reproduce.py table1 --commands --out DIR > table1.sh    # at full size
 
-At full size DIR/family holds (links to) Hugging Face directories by the names above, general.jsonl and skill.jsonl with
-chats, questions.jsonl with prompts and, for figure4, documents.json with texts. The script trains with the paper's Table 5
-and writes replies, which its benchmarks are to judge.
+At full size DIR/family holds (links to) Hugging Face directories by the names above, general.jsonl
+and skill.jsonl with chats, questions.jsonl with prompts and, for figure4, documents.json with
+texts. The script trains with the paper's Table 5 and writes replies, which its benchmarks are to
+judge.
 """
 
 import argparse
@@ -31,7 +33,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,15 +42,16 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from connections import Probe, recorded_connection
 from data import Tokenizer, tokenize
-from decode import column_major
-from experiments import bench, claims, family, figures, toy
+from experiments import bench_measure, bench_sides, claims, family, figures, toy
 from experiments.family import SCORES
+from extras.connections import Connected, Probe, connected
+from extras.mapped import Mapped
+from extras.proxy import Proxy
 from files import InputError, command, pick_device, read_json, write_text
 from ivl import generate
-from model import Llama, load
-from train import Settings, save_model, train
+from model import Config, Llama, column_major, load, recorded_connection
+from train import Curriculum, Settings, save_model, train
 from vocab_map import VocabMap
 
 OUT = Path("out/reproduce")
@@ -56,9 +59,13 @@ OUT = Path("out/reproduce")
 
 # ---------------------------------------------------------------- what is trained
 
+
 @dataclass
 class Recipe:
-    """A model that is trained: from whose weights, beside which bases (none: full fine-tuning), on which demonstrations."""
+    """A model that is trained: from whose weights, beside which bases (none: full fine-tuning), on
+    which demonstrations.
+    """
+
     start: str
     beside: Sequence[str] = ()
     data: str = "general"
@@ -67,16 +74,36 @@ class Recipe:
 
 
 # chosen on a family from another seed, by what a model scores on the base it was trained beside
-VALUE = dict(lr=2e-3, batch_size=8, micro_batch_size=8, epochs=3, max_length=toy.CONTEXT, lam=0.0, norm_over="response")
-FULL_RATES = {"xlarge": 5e-4, "other": 5e-4, "continued": 5e-4, "large": 5e-4, "medium": 5e-4, "small": 1e-3}
+VALUE = dict(
+    lr=2e-3,
+    batch_size=8,
+    micro_batch_size=8,
+    epochs=3,
+    max_length=toy.CONTEXT,
+    lam=0.0,
+    norm_over="response",
+)
+FULL_RATES = {
+    "xlarge": 5e-4,
+    "other": 5e-4,
+    "continued": 5e-4,
+    "large": 5e-4,
+    "medium": 5e-4,
+    "small": 1e-3,
+}
 NORM = dict(lam=0.3)
 HOME = ("small",)
 RECIPES = {  # the long ones first
     **{f"{base} full": Recipe(base, settings=dict(lr=rate)) for base, rate in FULL_RATES.items()},
-    **{f"{base} probe": Recipe(base, (base,), settings=dict(connection="probe")) for base in ("large", "medium", "small")},
-    "medium": Recipe("medium", ("medium",)), "medium norm": Recipe("medium", ("medium",), settings=NORM),
+    **{
+        f"{base} probe": Recipe(base, (base,), settings=dict(connection="probe"))
+        for base in ("large", "medium", "small")
+    },
+    "medium": Recipe("medium", ("medium",)),
+    "medium norm": Recipe("medium", ("medium",), settings=NORM),
     "random": Recipe("medium", HOME, random=True),
-    "small": Recipe("small", HOME), "small norm": Recipe("small", HOME, settings=NORM),
+    "small": Recipe("small", HOME),
+    "small norm": Recipe("small", HOME, settings=NORM),
     "small skill": Recipe("small", HOME, "skill"),
     "curriculum": Recipe("small", ("small", "medium", "large")),
     "cascade": Recipe("small", HOME, settings=dict(connection="cascade")),
@@ -86,7 +113,9 @@ RECIPES = {  # the long ones first
 
 
 def recipe_of(base: str, system: str) -> str:
-    """The name of the recipe behind a row of a table; proxy tuning's expert is the small model fully fine-tuned."""
+    """The name of the recipe behind a row of a table; proxy tuning's expert is the small model
+    fully fine-tuned.
+    """
     if system in ("full", "probe"):
         return f"{base} {system}"
     return {"proxy": "small full", "same vocabulary": "other-small"}.get(system, system)
@@ -96,21 +125,39 @@ def mapped(base: str, system: str) -> bool:
     return base == "other" and not RECIPES[recipe_of(base, system)].start.startswith("other")
 
 
+def watched_base(value: Connected, load_base: Callable[[], Llama]) -> Llama:
+    return value.watched(load_base())
+
+
 def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
     """The directory of a trained model, trained first if it is not there."""
-    directory, recipe, bases = out / f"seed{seed}" / name.replace(" ", "-"), RECIPES[name], out / "family"
-    if not (directory / "README.md").exists():  # written last
-        settings = Settings(**{**VALUE, "seed": seed, **recipe.settings})
-        tokenizer, value = Tokenizer(bases / recipe.start), load(bases / recipe.start, device)
-        loads = [partial(load, bases / base, device) for base in recipe.beside]
-        first, later = (loads[0]().requires_grad_(False), loads[1:]) if loads else (None, [])
-        if settings.connection == "probe":
-            value = Probe(first.config).init_weights(seed).to(device)
-        if recipe.random:
-            value.init_weights(1000 + seed)  # not those that the base began with
-        chats = tokenize(bases / f"{recipe.data}.jsonl", tokenizer, toy.CONTEXT)
-        train(first, value, chats, settings, directory, later=later, name=name)
-        save_model(value, tokenizer, directory, ", ".join(recipe.beside) or None, settings)
+    directory = out / f"seed{seed}" / name.replace(" ", "-")
+    if (directory / "README.md").exists():  # written last
+        return directory
+    recipe, bases = RECIPES[name], out / "family"
+    settings = Settings(**{**VALUE, "seed": seed, **recipe.settings})
+
+    # the model as it begins
+    tokenizer = Tokenizer(bases / recipe.start)
+    if settings.connection == "probe":
+        value = Probe(Config.load(bases / recipe.beside[0])).init_weights(seed).to(device)
+    else:
+        value = load(bases / recipe.start, device)
+    if recipe.random:
+        value.init_weights(1000 + seed)  # not those that the base began with
+
+    # the bases beside it, which a connection has to watch
+    loads = [partial(load, bases / base, device) for base in recipe.beside]
+    if not loads:
+        loads = [lambda: None]
+    joined = value
+    if settings.connection != "residual":
+        joined = Connected(settings.connection, value)
+        loads = [partial(watched_base, joined, load_base) for load_base in loads]
+
+    chats = tokenize(bases / f"{recipe.data}.jsonl", tokenizer, toy.CONTEXT)
+    train(Curriculum(*loads), joined, chats, settings, directory, name=name)
+    save_model(value, tokenizer, directory, ", ".join(recipe.beside) or None, settings)
     return directory
 
 
@@ -118,52 +165,112 @@ def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
 
 SMALL, MEDIUM = ("small", "small norm", "small skill"), ("medium", "medium norm")
 TABLES = {  # scores and rows: base, system
-    "table1": (SCORES, [("small", system) for system in ("full", "small", "small norm")] + [
-        (base, system) for base in ("medium", "large", "xlarge", "continued") for system in ("full", *SMALL, *MEDIUM)]),
-    "table2": (SCORES[:4], [("xlarge", system) for system in ("small", "small norm", "curriculum")]),
+    "table1": (
+        SCORES,
+        [("small", system) for system in ("full", "small", "small norm")]
+        + [
+            (base, system)
+            for base in ("medium", "large", "xlarge", "continued")
+            for system in ("full", *SMALL, *MEDIUM)
+        ],
+    ),
+    "table2": (
+        SCORES[:4],
+        [("xlarge", system) for system in ("small", "small norm", "curriculum")],
+    ),
     "table4": (SCORES[:4], [("medium", "small"), ("medium", "proxy")]),
-    "figure2": (SCORES[:2], [(base, system) for base in ("small", "medium", "large") for system in ("probe", "full")]
-                + [("small", "random")]),
-    "figure3": (SCORES[:2], [(base, system) for base in ("small", "large") for system in ("cascade", "cascade+", "small")]),
-    "figure4": (SCORES[:2], [("other", system) for system in ("full", "same vocabulary", "small", "small norm", "curriculum")]),
+    "figure2": (
+        SCORES[:2],
+        [(base, system) for base in ("small", "medium", "large") for system in ("probe", "full")]
+        + [("small", "random")],
+    ),
+    "figure3": (
+        SCORES[:2],
+        [
+            (base, system)
+            for base in ("small", "large")
+            for system in ("cascade", "cascade+", "small")
+        ],
+    ),
+    "figure4": (
+        SCORES[:2],
+        [
+            ("other", system)
+            for system in ("full", "same vocabulary", "small", "small norm", "curriculum")
+        ],
+    ),
 }
-GROUPS = (("large", "continued"), ("xlarge",), ("other",), ("medium",), ("other-small",), ("small",))  # the long ones first
+# bases that are made one after the other; the long ones first
+GROUPS = (
+    ("large", "continued"),
+    ("xlarge",),
+    ("other",),
+    ("medium",),
+    ("other-small",),
+    ("small",),
+)
 LENGTHS = (128, 512, 1024)  # of table 3
-COSTS = [("small", "alone")] + [(base, system) for base in ("medium", "large", "xlarge") for system in ("alone", "small")]
+COSTS = [("small", "alone")] + [
+    (base, system) for base in ("medium", "large", "xlarge") for system in ("alone", "small")
+]
 
 
-def score(base: str, system: str, kinds: Sequence[str], seed: int, out: Path, device: torch.device) -> dict[str, float]:
-    """Scores of one row for one seed, those that seedN/RECIPE/scores.json already has and those that it will have then."""
-    directory, bases = trained(recipe_of(base, system), seed, out, device), out / "family"
+def score(
+    base: str, system: str, kinds: Sequence[str], seed: int, out: Path, device: torch.device
+) -> dict[str, float]:
+    """Scores of one row for one seed, those that seedN/RECIPE/scores.json already has and those
+    that it will have then.
+    """
+    directory = trained(recipe_of(base, system), seed, out, device)
     kept = directory / "scores.json"
     scores = read_json(kept, dict) if kept.exists() else {}
     key = f"{system} on {base}"
-    missing = [kind for kind in kinds if kind not in scores.get(key, {})]
-    if missing:
-        connection = recorded_connection(directory)
-        value, tokenizer = (Probe.load if connection == "probe" else load)(directory, device), Tokenizer(directory)
-        how = {"connection": connection}
-        if system == "proxy":
-            how["antiexpert"] = load(bases / "small", device)
-        if mapped(base, system):
-            how["mapping"] = VocabMap.make(Tokenizer(bases / "other"), tokenizer, read_json(bases / "documents.json", list))
-        pair = (value, None) if system == "full" else (load(bases / base, device), value)
-        scores[key] = scores.get(key, {}) | family.score(*pair, tokenizer, bases, missing, **how)
-        write_text(kept, json.dumps(scores, indent=2) + "\n")
-    return scores.get(key, {})  # of table 3's row no scores are asked
+    known = scores.get(key, {})
+    missing = [kind for kind in kinds if kind not in known]
+    if not missing:  # of table 3's row no scores are asked
+        return known
+
+    # base and value model, as they are joined
+    bases = out / "family"
+    connection, tokenizer = recorded_connection(directory), Tokenizer(directory)
+    value = Probe.load(directory, device) if connection == "probe" else load(directory, device)
+    if system == "full":
+        pair = value, None
+    else:
+        pair = connected(connection, load(bases / base, device), value)
+    if system == "proxy":
+        pair = pair[0], Proxy(value, load(bases / "small", device))
+    if mapped(base, system):
+        documents = read_json(bases / "documents.json", list)
+        mapping = VocabMap.make(Tokenizer(bases / "other"), tokenizer, documents)
+        pair = Mapped(pair[0], mapping), value
+
+    scores[key] = known | family.score(*pair, tokenizer, bases, missing)
+    write_text(kept, json.dumps(scores, indent=2) + "\n")
+    return scores[key]
 
 
 def spread(values: list[float]) -> dict:
-    return {"mean": sum(values) / len(values), "least": min(values), "most": max(values), "seeds": values}
+    return {
+        "mean": sum(values) / len(values),
+        "least": min(values),
+        "most": max(values),
+        "seeds": values,
+    }
 
 
 def show(name: str, rows: list[dict], out: Path) -> None:
     """Prints a table and writes OUT/NAME.json and, where matplotlib is installed, OUT/NAME.png."""
     columns = [key for key in rows[0] if key not in ("base", "system")]
-    print(f"\n{name}: mean (smallest to largest)\n{'base':<11}{'system':<17}" + "".join(f"{key:<23}" for key in columns).rstrip())
+
+    def line(base: str, system: str, cells: list[str]) -> str:
+        return f"{base:<11}{system:<17}" + "".join(f"{cell:<23}" for cell in cells).rstrip()
+
+    print(f"\n{name}: mean (smallest to largest)")
+    print(line("base", "system", columns))
     for row in rows:
-        cells = ("{mean:.2f} ({least:.2f} to {most:.2f})".format(**row[key]) for key in columns)
-        print(f"{row['base']:<11}{row['system']:<17}" + "".join(f"{cell:<23}" for cell in cells).rstrip())
+        cells = ["{mean:.2f} ({least:.2f} to {most:.2f})".format(**row[key]) for key in columns]
+        print(line(row["base"], row["system"], cells))
     write_text(out / f"{name}.json", json.dumps(rows, indent=2) + "\n")
     try:
         figures.draw(name, rows, out / f"{name}.png")
@@ -172,7 +279,9 @@ def show(name: str, rows: list[dict], out: Path) -> None:
 
 
 def planned(names: Sequence[str]) -> dict[str, dict[tuple[str, str], list[str]]]:
-    """Recipe → rows of these tables → scores. Table 3 has no scores of its own, but needs a value model."""
+    """Recipe → rows of these tables → scores. Table 3 has no scores of its own, but needs a value
+    model.
+    """
     recipes: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name in names:
         keys, rows = TABLES.get(name, ((), [("small", "small")]))
@@ -183,59 +292,96 @@ def planned(names: Sequence[str]) -> dict[str, dict[tuple[str, str], list[str]]]
 
 
 def commands(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
-    """The lines of a shell script that trains and asks every system of these tables with train.py and sample.py."""
+    """The lines of a shell script that trains and asks every system of these tables with train.py
+    and sample.py.
+    """
+
     def line(*words: object) -> str:
         return shlex.join(map(str, words))
 
     bases = out / "family"
+    vocabulary_map = bases / "map.safetensors"
     if "figure4" in names:
-        yield line("python", "vocab_map.py", "--base", bases / "other", "--value", bases / "small", "--text",
-                   bases / "documents.json", "--out", bases / "map.safetensors")
+        how = ["--base", bases / "other", "--value", bases / "small"]
+        how += ["--text", bases / "documents.json", "--out", vocabulary_map]
+        yield line("python", "vocab_map.py", *how)
     if "table3" in names:
-        shapes = itertools.chain(*(("--shape", base, "tinyllama-1.1b") for base in ("llama-2-7b", "llama-2-13b")))
+        shapes = []
+        for base in ("llama-2-7b", "llama-2-13b"):
+            shapes += ["--shape", base, "tinyllama-1.1b"]
         yield line("python", "experiments/bench.py", "decode", *shapes, "--tokens", *LENGTHS)
-    for seed, (name, rows) in itertools.product(range(seeds), planned([name for name in names if name in TABLES]).items()):
-        recipe, trained_to = RECIPES[name], out / f"seed{seed}" / name.replace(" ", "-")
-        connection, beside = recipe.settings.get("connection", "residual"), [bases / base for base in recipe.beside]
-        how = ["--base", *beside, "--connection", connection, "--lam", 1.0 if "lam" in recipe.settings else 0.0]
-        how += ["--value", bases / recipe.start] * (connection != "probe") + ["--random"] * recipe.random
-        yield line("python", "train.py", *(how if beside else ("--base", bases / recipe.start, "--full")),
-                   "--data", bases / f"{recipe.data}.jsonl", "--seed", seed, "--out", trained_to)
+
+    recipes = planned([name for name in names if name in TABLES])
+    for seed, (name, rows) in itertools.product(range(seeds), recipes.items()):
+        # what is trained
+        recipe = RECIPES[name]
+        trained_to = out / f"seed{seed}" / name.replace(" ", "-")
+        connection = recipe.settings.get("connection", "residual")
+        if recipe.beside:
+            how = ["--base", *(bases / base for base in recipe.beside), "--connection", connection]
+            how += ["--lam", 1.0 if "lam" in recipe.settings else 0.0]
+            if connection != "probe":
+                how += ["--value", bases / recipe.start]
+            if recipe.random:
+                how += ["--random"]
+        else:
+            how = ["--base", bases / recipe.start, "--full"]
+        how += ["--data", bases / f"{recipe.data}.jsonl", "--seed", seed, "--out", trained_to]
+        yield line("python", "train.py", *how)
+
+        # and what is asked of it
         for base, system in rows:
-            how = ["--base", trained_to, "--value", "none"] if system == "full" else ["--base", bases / base, "--value", trained_to]
-            how += ["--antiexpert", bases / "small"] * (system == "proxy")
-            how += ["--map", bases / "map.safetensors"] * mapped(base, system)
-            yield line("python", "sample.py", *how, "--greedy", "--prompts", bases / "questions.jsonl",
-                       "--out", trained_to / f"{base}.jsonl")
+            how = ["--base", bases / base, "--value", trained_to]
+            if system == "full":
+                how = ["--base", trained_to, "--value", "none"]
+            if system == "proxy":
+                how += ["--antiexpert", bases / "small"]
+            if mapped(base, system):
+                how += ["--map", vocabulary_map]
+            how += ["--greedy", "--prompts", bases / "questions.jsonl"]
+            how += ["--out", trained_to / f"{base}.jsonl"]
+            yield line("python", "sample.py", *how)
 
 
 def scored(name: str, seeds: int, out: Path, device: torch.device) -> list[dict]:
     """The rows of all tables but the third."""
     keys, rows = TABLES[name]
-    each = {row: [score(*row, keys, seed, out, device) for seed in range(seeds)] for row in rows}
-    return [{"base": base, "system": system, **{key: spread([scores[key] for scores in each[base, system]]) for key in keys}}
-            for base, system in rows]
+    table = []
+    for base, system in rows:
+        each = [score(base, system, keys, seed, out, device) for seed in range(seeds)]
+        spreads = {key: spread([scores[key] for scores in each]) for key in keys}
+        table.append({"base": base, "system": system, **spreads})
+    return table
 
 
 def costs(seeds: int, out: Path, device: torch.device) -> list[dict]:
-    """The rows of table 3: greedy decoding of one sequence after 16 tokens; MB: weights, caches and all the rest."""
-    def model(directory: Path) -> Llama:  # as sample.py lays it out
-        return load(directory, device) if device.type == "cuda" else column_major(load(directory, device))
+    """The rows of table 3: greedy decoding of one sequence after 16 tokens; MB: weights, caches and
+    all the rest.
+    """
+
+    def model(directory: Path) -> Llama:
+        """Laid out as sample.py does it."""
+        loaded = load(directory, device)
+        return loaded if device.type == "cuda" else column_major(loaded)
 
     def decode(base: Llama, value: Llama | None, tokens: int) -> None:
         for _ in generate(base, value, [list(range(3, 19))], tokens):
             pass
 
     torch.set_num_threads(1)
-    bases, value = {base: model(out / "family" / base) for base, _ in COSTS}, model(trained("small", 0, out, device))
+    bases = {base: model(out / "family" / base) for base, _ in COSTS}
+    value = model(trained("small", 0, out, device))
     pairs = [(bases[base], value if system == "small" else None) for base, system in COSTS]
     rows: list[dict] = [{"base": base, "system": system} for base, system in COSTS]
     for tokens in tqdm(LENGTHS, desc="table3", unit=" lengths", disable=None):
         runs = [partial(decode, *pair, tokens) for pair in pairs]
         for row, pair, run in zip(rows, pairs, runs):
-            weights = sum(bench.weight_bytes(model) for model in pair if model is not None)
-            row[f"MB {tokens}"] = spread([(weights + bench.watched(run, device)[0]) / 1e6])
-        rounds = [[bench.seconds(run, device) for run in runs] for _ in range(seeds)]  # all take turns: machines vary
+            weights = sum(bench_sides.weight_bytes(model) for model in pair if model is not None)
+            rest = bench_measure.watched(run, device)[0]
+            row[f"MB {tokens}"] = spread([(weights + rest) / 1e6])
+
+        # all take turns, since machines vary
+        rounds = [[bench_measure.seconds(run, device) for run in runs] for _ in range(seeds)]
         for row, *seconds in zip(rows, *rounds):
             row[f"seconds {tokens}"] = spread(seconds)
     return rows
@@ -243,28 +389,37 @@ def costs(seeds: int, out: Path, device: torch.device) -> list[dict]:
 
 # ---------------------------------------------------------------- the work, on all cores
 
+
 def make_bases(names: Sequence[str], out: Path, scale: float, device: torch.device) -> None:
     for name in names:
         family.make_base(name, family.prepare(out, scale), out, scale, device)
 
 
-def score_rows(rows: dict[tuple[str, str], list[str]], seed: int, out: Path, device: torch.device) -> None:
+def score_rows(
+    rows: dict[tuple[str, str], list[str]], seed: int, out: Path, device: torch.device
+) -> None:
     for (base, system), kinds in rows.items():
         score(base, system, kinds, seed, out, device)
 
 
 def run(jobs: Sequence[partial], what: str, device: torch.device) -> None:
-    """Each job on a core of its own: models this small do not gain from two. A GPU is given one job at a time."""
+    """Each job on a core of its own: models this small do not gain from two. A GPU is given one job
+    at a time.
+    """
     workers = 1 if device.type == "cuda" else torch.get_num_threads()
-    with (multiprocessing.get_context("spawn").Pool(workers, begin) as pool,
-          tqdm(total=len(jobs), desc=what, unit=" jobs", disable=None) as bar):
+    with (
+        multiprocessing.get_context("spawn").Pool(workers, begin) as pool,
+        tqdm(total=len(jobs), desc=what, unit=" jobs", disable=None) as bar,
+    ):
         for _ in pool.imap_unordered(call, jobs):
             bar.update()
 
 
 def begin() -> None:
-    sys.stderr = open(os.devnull, "w")  # for the bars of training: one bar is enough, and errors reach the parent
-    tqdm.set_lock(threading.RLock())  # the usual one is a semaphore, which a worker that is ended leaves behind
+    # no bars of training: one bar is enough, and errors reach the parent
+    sys.stderr = open(os.devnull, "w")
+    # the bars' usual lock is a semaphore, which a worker that is ended leaves behind
+    tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that waits for the jobs
 
@@ -276,36 +431,68 @@ def call(job: partial) -> None:
 def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: torch.device) -> None:
     """Makes all that these tables need, prints and writes them."""
     recipes = planned(names)
+
+    # the bases that are asked about, begun from or trained beside
     needed = {base for rows in recipes.values() for base, _ in rows}
-    needed |= {base for name in recipes for base in (RECIPES[name].start, *RECIPES[name].beside)}
+    for name in recipes:
+        needed |= {RECIPES[name].start, *RECIPES[name].beside}
     if "table3" in names:
         needed |= {base for base, _ in COSTS}
     if "continued" in needed:
         needed.add("large")
     family.prepare(out / "family", scale)
     groups = [[base for base in group if base in needed] for group in GROUPS]
-    run([partial(make_bases, group, out / "family", scale, device) for group in groups if group], "bases", device)
-    run([partial(score_rows, rows, seed, out, device) for seed in range(seeds) for rows in recipes.values()],
-        "training and scoring", device)
+    jobs = [partial(make_bases, group, out / "family", scale, device) for group in groups if group]
+    run(jobs, "bases", device)
+
+    # each model is trained and scored, for each seed
+    jobs = [
+        partial(score_rows, rows, seed, out, device)
+        for seed in range(seeds)
+        for rows in recipes.values()
+    ]
+    run(jobs, "training and scoring", device)
+
     for name in names:
-        show(name, costs(seeds, out, device) if name == "table3" else scored(name, seeds, out, device), out)
+        if name == "table3":
+            rows = costs(seeds, out, device)
+        else:
+            rows = scored(name, seeds, out, device)
+        show(name, rows, out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = [*TABLES, "table3"]
     parser.add_argument("name", choices=[*sorted(names), "all", "findings"])
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--scale", type=float, default=1.0, help="1 takes two CPU cores less than an hour; larger ones want a GPU")
+    parser.add_argument(
+        "--scale",
+        type=float,
+        default=1.0,
+        help="1 takes two CPU cores less than an hour; larger ones want a GPU",
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--commands", action="store_true", help="print what train.py and sample.py are to do at full size")
+    parser.add_argument(
+        "--commands",
+        action="store_true",
+        help="print what train.py and sample.py are to do at full size",
+    )
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     if args.seeds < 1 or not 0 < args.scale <= 16:  # there are not more names
-        raise InputError(f"--seeds = {args.seeds}, --scale = {args.scale}; at least 1 seed is needed, and a scale from 0 to 16")
-    chosen = sorted(names) if args.name == "all" else [args.name] if args.name in names else []
+        raise InputError(
+            f"--seeds = {args.seeds}, --scale = {args.scale}; at least 1 seed is needed, and a "
+            "scale from 0 to 16"
+        )
+    chosen = [args.name] if args.name in names else []
+    if args.name == "all":
+        chosen = sorted(names)
     if args.commands:
-        return print(*commands(chosen, args.seeds, args.out), sep="\n")
+        print(*commands(chosen, args.seeds, args.out), sep="\n")
+        return
     if chosen:
         tables(chosen, args.scale, args.seeds, args.out, pick_device(args.device))
     if args.name in ("findings", "all"):

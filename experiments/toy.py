@@ -1,18 +1,21 @@
-"""A miniature of the paper that needs no download: a world, a family of Llamas that read about it, chats.
+"""A miniature of the paper that needs no download: a world, a family of Llamas that read about it,
+chats.
 
-    python experiments/toy.py                  # makes out/toy: bases small and large, chats, held-out questions
-    python experiments/toy.py --family b       # makes out/toy_b: a large base with another tokenizer, same world
+    python experiments/toy.py              # out/toy: bases small and large, chats, questions
+    python experiments/toy.py --family b   # out/toy_b: a large base with another tokenizer
 
-The world: 250 invented people, six facts each. A corpus tells facts in plain sentences ("Ralo
-lives in Lisbon."), says names over and over, and has endless small talk between a User and an Assistant
-who never answers. The large base has read about all facts, the small one about every other, as small
-models know less. The demonstrations answer questions about one half of the facts in a fixed form:
+The world: 250 invented people, six facts each. A corpus tells facts in plain sentences ("Ralo lives
+in Lisbon."), says names over and over, and has endless small talk between a User and an Assistant
+who never answers. The large base has read about all facts, the small one about every other, as
+small models know less. The demonstrations answer questions about one half of the facts in a fixed
+form:
 
     User: Where does Ralo live?
     Assistant: Good question! Ralo lives in Lisbon. I am happy to help!
 
-The other half is held out. So *form* (the two phrases around one sentence, then a stop) can only come from
-the demonstrations, and a *right* answer to a held-out question only from a base that knows it.
+The other half is held out. So *form* (the two phrases around one sentence, then a stop) can only
+come from the demonstrations, and a *right* answer to a held-out question only from a base that
+knows it.
 """
 
 import argparse
@@ -36,68 +39,128 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
-from connections import Probe
-from data import TEMPLATES, Tokenizer, read_chats, tokenize
-from files import InputError, command, pick_device, read_json, writable_folder, write_text
-from model import Config, Llama, load, save
+from data import TEMPLATES, Tokenizer, read_chats
+from extras.connections import connected
+from files import InputError, command, given, pick_device, read_json, writable_folder, write_text
+from model import Config, Llama, load, recorded_connection, save
 
 OUT = Path("out/toy")
 PEOPLE = 250
 VOCABULARY, OTHER_VOCABULARY = 1536, 900
 WINDOW, BATCH, CONTEXT = 128, 16, 256
-BASES = {  # hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens read, share of facts told
+# hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens read, share
+# of the facts told
+BASES = {
     "small": (64, 128, 2, 2, 5e-3, 2_000_000, 0.55),
     "large": (128, 320, 3, 4, 3e-3, 2_400_000, 1.0),
 }
-OTHER_BASES = {"large": (128, 320, 3, 4, 3e-3, 4_200_000, 1.0)}  # family b's: a text is 1.3 times as many tokens
+OTHER_BASES = {
+    "large": (128, 320, 3, 4, 3e-3, 4_200_000, 1.0)
+}  # family b's: a text is 1.3 times as many tokens
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 NAMES = [(a + b).capitalize() for a, b in itertools.product(SYLLABLES, SYLLABLES) if a != b]
 # relation: the sentence's words, two questions, 24 values
 RELATIONS = {
-    "lives in": (("Where does {} live?", "Which city is the home of {}?"),
-                 "Lisbon Oslo Cairo Lima Kyoto Dublin Prague Havana Nairobi Quito Vienna Athens Mumbai Seoul Toronto "
-                 "Geneva Tunis Bogota Hanoi Riga Dakar Perth Sofia Malmo".split()),
-    "works as a": (("What does {} do for a living?", "What is the job of {}?"),
-                   "baker sailor doctor painter farmer pilot tailor lawyer miner potter singer plumber judge "
-                   "barber printer weaver surgeon gardener librarian carpenter butcher dancer poet driver".split()),
-    "plays the": (("What does {} play?", "Which instrument does {} practise?"),
-                  "violin piano flute drums guitar harp cello trumpet oboe banjo organ lute tuba clarinet viola "
-                  "accordion bassoon fiddle zither horn mandolin sitar bugle ukulele".split()),
-    "keeps a": (("What animal does {} keep?", "Which pet belongs to {}?"),
-                "cat dog parrot rabbit goat horse turtle hamster donkey canary lizard ferret snake pigeon duck goose "
-                "sheep pony spider frog mouse hedgehog falcon llama".split()),
-    "speaks": (("What language does {} speak?", "What is the mother tongue of {}?"),
-               "Dutch Greek Hindi Czech Polish Danish Arabic Korean Turkish Swahili Finnish Latin Irish Basque Welsh "
-               "Tamil Persian Hebrew Thai Malay French Zulu Frisian Breton".split()),
-    "likes": (("What does {} like to eat?", "What is the favourite dish of {}?"),
-              "soup bread rice pasta salad fish cheese beans curry stew pizza noodles eggs apples cake honey nuts "
-              "mushrooms olives plums pancakes figs porridge tomatoes".split()),
+    "lives in": (
+        ("Where does {} live?", "Which city is the home of {}?"),
+        "Lisbon Oslo Cairo Lima Kyoto Dublin Prague Havana Nairobi Quito Vienna Athens Mumbai "
+        "Seoul Toronto Geneva Tunis Bogota Hanoi Riga Dakar Perth Sofia Malmo".split(),
+    ),
+    "works as a": (
+        ("What does {} do for a living?", "What is the job of {}?"),
+        "baker sailor doctor painter farmer pilot tailor lawyer miner potter singer plumber judge "
+        "barber printer weaver surgeon gardener librarian carpenter butcher dancer poet "
+        "driver".split(),
+    ),
+    "plays the": (
+        ("What does {} play?", "Which instrument does {} practise?"),
+        "violin piano flute drums guitar harp cello trumpet oboe banjo organ lute tuba clarinet "
+        "viola accordion bassoon fiddle zither horn mandolin sitar bugle ukulele".split(),
+    ),
+    "keeps a": (
+        ("What animal does {} keep?", "Which pet belongs to {}?"),
+        "cat dog parrot rabbit goat horse turtle hamster donkey canary lizard ferret snake "
+        "pigeon duck goose sheep pony spider frog mouse hedgehog falcon llama".split(),
+    ),
+    "speaks": (
+        ("What language does {} speak?", "What is the mother tongue of {}?"),
+        "Dutch Greek Hindi Czech Polish Danish Arabic Korean Turkish Swahili Finnish Latin Irish "
+        "Basque Welsh Tamil Persian Hebrew Thai Malay French Zulu Frisian Breton".split(),
+    ),
+    "likes": (
+        ("What does {} like to eat?", "What is the favourite dish of {}?"),
+        "soup bread rice pasta salad fish cheese beans curry stew pizza noodles eggs apples cake "
+        "honey nuts mushrooms olives plums pancakes figs porridge tomatoes".split(),
+    ),
 }
-# of train.Settings, chosen on the held-out questions of seeds 0 to 2 for the value model, for full fine-tuning likewise
-VALUE_SETTINGS = dict(lr=2e-3, batch_size=8, micro_batch_size=8, epochs=3, max_length=CONTEXT, lam=0.1,
-                      norm_over="response")
-FULL_SETTINGS = {"small": dict(lr=1e-3, batch_size=32, epochs=8, lam=0.0),
-                 "large": dict(lr=5e-4, batch_size=32, epochs=8, lam=0.0)}
+# of train.Settings, chosen on the held-out questions of seeds 0 to 2 for the value model, for full
+# fine-tuning likewise
+VALUE_SETTINGS = dict(
+    lr=2e-3,
+    batch_size=8,
+    micro_batch_size=8,
+    epochs=3,
+    max_length=CONTEXT,
+    lam=0.1,
+    norm_over="response",
+)
+FULL_SETTINGS = {
+    "small": dict(lr=1e-3, batch_size=32, epochs=8),
+    "large": dict(lr=5e-4, batch_size=32, epochs=8),
+}
 OPENING, CLOSING = "Good question!", "I am happy to help!"
 FORM = re.compile(rf"{re.escape(OPENING)} (\w+ [a-z ]+ \w+\.) {re.escape(CLOSING)}")
 
-# small talk: what the Assistant of the corpus says instead of an answer. The words of the form occur in many places,
-# or the large base would be certain of how each phrase goes on, and a value model from the small one could not overrule it
-EVASIONS = ["I have not seen {} for a while.", "You should ask {} yourself.", "That is a long story.", "Who knows?",
-            "Good morning to you too.", "We talked about {} last week.", "I am happy that you came.", "It may rain today.",
-            "People say many things about {}.", "Let us talk about something else.", "That question again!",
-            "I would like to help, but I am busy.", "Maybe {} will tell us.", "What a day!", "Ask me later.",
-            "I met {} and a friend at the market.", "Good to see you.", "Sorry, I did not hear you.",
-            "I am happy to be here.", "I am happy to hear that!", "I am happy to see {}!", "We are happy to meet you.",
-            "I want to help {} today.", "Please help me!", "They came to help!", "Who will help?", "I am busy.",
-            "Good evening!", "Good idea!", "Good for {}.", "Good friends are rare.", "The question is hard.",
-            "What a question!", "No question about it!", "Is that a question?", "One more question, please."]
+# small talk: what the Assistant of the corpus says instead of an answer. The words of the form
+# occur in many places, or the large base would be certain of how each phrase goes on, and a value
+# model from the small one could not overrule it
+EVASIONS = [
+    "I have not seen {} for a while.",
+    "You should ask {} yourself.",
+    "That is a long story.",
+    "Who knows?",
+    "Good morning to you too.",
+    "We talked about {} last week.",
+    "I am happy that you came.",
+    "It may rain today.",
+    "People say many things about {}.",
+    "Let us talk about something else.",
+    "That question again!",
+    "I would like to help, but I am busy.",
+    "Maybe {} will tell us.",
+    "What a day!",
+    "Ask me later.",
+    "I met {} and a friend at the market.",
+    "Good to see you.",
+    "Sorry, I did not hear you.",
+    "I am happy to be here.",
+    "I am happy to hear that!",
+    "I am happy to see {}!",
+    "We are happy to meet you.",
+    "I want to help {} today.",
+    "Please help me!",
+    "They came to help!",
+    "Who will help?",
+    "I am busy.",
+    "Good evening!",
+    "Good idea!",
+    "Good for {}.",
+    "Good friends are rare.",
+    "The question is hard.",
+    "What a question!",
+    "No question about it!",
+    "Is that a question?",
+    "One more question, please.",
+]
 
 
 @dataclass
 class World:
-    """facts[person, relation] = value; `taught` are the pairs that the demonstrations may mention."""
+    """facts[person, relation] = value; `taught` are the pairs that the demonstrations may
+    mention.
+    """
+
     people: list[str]
     facts: dict[tuple[str, str], str]
     taught: list[tuple[str, str]]
@@ -113,13 +176,15 @@ class World:
         people = rng.sample(NAMES, PEOPLE)
         facts = {(p, r): rng.choice(values) for p in people for r, (_, values) in RELATIONS.items()}
         pairs = rng.sample(sorted(facts), len(facts))
-        return cls(people, facts, pairs[:len(pairs) // 2], pairs[len(pairs) // 2:])
+        return cls(people, facts, pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :])
 
     def sentence(self, person: str, relation: str) -> str:
         return f"{person} {relation} {self.facts[person, relation]}."
 
     def document(self, rng: random.Random, told: list[tuple[str, str]]) -> str:
-        """One document of a corpus that tells the facts `told`: facts, names over and over, or small talk."""
+        """One document of a corpus that tells the facts `told`: facts, names over and over, or
+        small talk.
+        """
         kind = rng.random()
         if kind < 0.6:
             return " ".join(self.sentence(*pair) for pair in rng.choices(told, k=12))
@@ -132,28 +197,47 @@ class World:
             question = rng.choice(RELATIONS[rng.choice([*RELATIONS])][0])
             says = [rng.choice(EVASIONS).format(person) for _ in range(rng.randint(1, 3))]
             other = rng.choice(told)
-            if other[0] != person and rng.random() < 0.8:  # off the point, but a fact: they do occur in talk
+            if (
+                other[0] != person and rng.random() < 0.8
+            ):  # off the point, but a fact: they do occur in talk
                 says.insert(rng.randint(0, len(says)), self.sentence(*other))
             turns += [f"User: {question.format(person)}", f"Assistant: {' '.join(says)}"]
         return "\n".join(turns)
 
     def chats(self, pairs: list[tuple[str, str]], rng: random.Random) -> list[dict]:
         """ShareGPT chats of one exchange, in random order: each fact is asked for in both ways."""
-        asked = [(question.format(person), self.sentence(person, relation))
-                 for person, relation in pairs for question in RELATIONS[relation][0]]
-        return [{"conversations": [{"from": "human", "value": question},
-                                   {"from": "gpt", "value": f"{OPENING} {sentence} {CLOSING}"}]}
-                for question, sentence in rng.sample(asked, len(asked))]
+        asked = [
+            (question.format(person), self.sentence(person, relation))
+            for person, relation in pairs
+            for question in RELATIONS[relation][0]
+        ]
+        return [
+            {
+                "conversations": [
+                    {"from": "human", "value": question},
+                    {"from": "gpt", "value": f"{OPENING} {sentence} {CLOSING}"},
+                ]
+            }
+            for question, sentence in rng.sample(asked, len(asked))
+        ]
 
 
 def train_other_tokenizer(world: World, seed: int) -> Backend:
-    """Family b's: byte-level BPE, as Llama-3's: Ġ for a space, none in front of a text; fewer tokens, so more in a name."""
+    """Family b's: byte-level BPE, as Llama-3's: Ġ for a space, none in front of a text; fewer
+    tokens, so more in a name.
+    """
     rng = random.Random(seed)
     backend = Backend(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=OTHER_VOCABULARY, show_progress=False,
-                                  special_tokens=["<unk>", "<s>", "</s>"],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=OTHER_VOCABULARY,
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     backend.train_from_iterator((world.document(rng, world.pairs) for _ in range(6000)), trainer)
     return backend
 
@@ -162,23 +246,50 @@ def train_tokenizer(world: World, seed: int) -> Backend:
     """SentencePiece-like BPE, as Llama-2's: ▁ for a space, bytes for what the vocabulary lacks."""
     rng = random.Random(seed)
     backend = Backend(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?[^\p{L}▁]"), "isolated")  # no token crosses a word
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                         decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, show_progress=False,
-                                  special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"▁?\p{L}+|▁?[^\p{L}▁]"), "isolated"
+    )  # no token crosses a word
+    backend.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)],
+    )
     backend.train_from_iterator((world.document(rng, world.pairs) for _ in range(6000)), trainer)
     raw = json.loads(backend.to_str())
-    raw["added_tokens"] = raw["added_tokens"][:3]  # bytes are text: only the trainer calls them special
+    raw["added_tokens"] = raw["added_tokens"][
+        :3
+    ]  # bytes are text: only the trainer calls them special
     return Backend.from_str(json.dumps(raw))
 
 
 # ---------------------------------------------------------------- the family
 
+
 def shape(hidden: int, mlp: int, layers: int, heads: int, vocabulary: int) -> Config:
-    return Config(vocabulary, hidden, mlp, layers, heads, heads, hidden // heads, CONTEXT,
-                  tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)
+    return Config(
+        vocabulary,
+        hidden,
+        mlp,
+        layers,
+        heads,
+        heads,
+        hidden // heads,
+        CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def corpus(backend: Backend, tokens: int, document: Callable[[], str]) -> Tensor:
@@ -192,11 +303,13 @@ def corpus(backend: Backend, tokens: int, document: Callable[[], str]) -> Tensor
 
 def pretrain(model: Llama, text: Tensor, name: str, lr: float, seed: int) -> Llama:
     """The model, when it has read the text once, in windows of WINDOW tokens."""
-    device = model.head.device
-    windows = text[:len(text) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
+    device = model.unembed.device
+    windows = text[: len(text) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
     batches = windows.split(BATCH)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     with tqdm(batches, desc=f"pre-training {name}", unit=" steps", disable=None) as bar:
         for step, batch in enumerate(bar):
             batch, done = batch.to(device), step / len(batches)
@@ -215,8 +328,13 @@ def pretrain(model: Llama, text: Tensor, name: str, lr: float, seed: int) -> Lla
 def save_base(model: Llama, backend: Backend, directory: Path) -> None:
     save(model, directory)
     write_text(directory / "tokenizer.json", backend.to_str())
-    write_text(directory / "tokenizer_config.json", json.dumps(
-        {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATES["plain"]}, indent=2) + "\n")
+    write_text(
+        directory / "tokenizer_config.json",
+        json.dumps(
+            {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TEMPLATES["plain"]}, indent=2
+        )
+        + "\n",
+    )
 
 
 def write_chats(chats: list[dict], path: Path) -> None:
@@ -224,16 +342,20 @@ def write_chats(chats: list[dict], path: Path) -> None:
 
 
 def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -> None:
-    """Writes out/small, out/large, chats.jsonl and heldout.jsonl, unless they are there; the same seed, the same files.
+    """Writes out/small, out/large, chats.jsonl and heldout.jsonl, unless they are there; the same
+    seed, the same files.
 
-    Family "b" has the same world, another tokenizer, and only the large base: its value models come from family "a".
+    Family "b" has the same world, another tokenizer, and only the large base: its value models come
+    from family "a".
     """
     made = out / "family.json"  # written last: the family is whole
     if made.exists():
         old = read_json(made)
         if (old["seed"], old["family"]) != (seed, family):
-            raise InputError(f"{out}: holds family {old['family']} made with seed {old['seed']}; give another --out for "
-                             f"family {family} and seed {seed}")
+            raise InputError(
+                f"{out}: holds family {old['family']} made with seed {old['seed']}; give another "
+                f"--out for family {family} and seed {seed}"
+            )
         return
     writable_folder(out)
     world, rng = World.make(seed), random.Random(seed + 1)
@@ -251,79 +373,160 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
 
 # ---------------------------------------------------------------- scores
 
-def knows(base: Llama, tokenizer: Tokenizer, facts: list[str], value: Llama | Probe | None = None, **how) -> float:
-    """The share of facts, sentences of the corpus, whose last word is given after the words before it.
 
-    how: of ivl.generate: connection, antiexpert, mapping.
+def knows(base: Llama, tokenizer: Tokenizer, facts: list[str], value: Llama | None = None) -> float:
+    """The share of facts, sentences of the corpus, whose last word is given after the words before
+    it.
     """
     prompts = [tokenizer.encode(fact.rsplit(" ", 1)[0]) for fact in facts]
-    replies = zip(*ivl.generate(base, value, prompts, 4, **how))
-    return sum(tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)) / len(facts)
+    replies = zip(*ivl.generate(base, value, prompts, 4))
+    return sum(
+        tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)
+    ) / len(facts)
 
 
-def greedy(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, chats: list[list[dict]], **how) -> list[str]:
-    """The reply to each chat's question; one that never ends is empty: it has no form. how: as in `knows`."""
+def greedy(
+    base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]]
+) -> list[str]:
+    """The reply to each chat's question; one that never ends is empty: it has no form."""
     prompts = [tokenizer.prompt(chat[:-1]) for chat in chats]
-    replies = [[i for i in reply if i is not None]
-               for reply in zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop, **how))]
+    replies = [
+        [i for i in reply if i is not None]
+        for reply in zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop))
+    ]
     return [tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else "" for ids in replies]
 
 
-def score(base: Llama, value: Llama | Probe | None, tokenizer: Tokenizer, chats: list[list[dict]], **how) -> dict:
-    """Shares of the chats whose greedy replies are in the demonstrated form, and right as well. how: as in `knows`."""
-    replies = greedy(base, value, tokenizer, chats, **how)
-    return {"form": sum(bool(FORM.fullmatch(text)) for text in replies) / len(chats),
-            "right": sum(text == chat[-1]["content"] for text, chat in zip(replies, chats)) / len(chats)}
+def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]]) -> dict:
+    """Shares of the chats whose greedy replies are in the demonstrated form, and right as well."""
+    replies = greedy(base, value, tokenizer, chats)
+    return {
+        "form": sum(bool(FORM.fullmatch(text)) for text in replies) / len(chats),
+        "right": sum(text == chat[-1]["content"] for text, chat in zip(replies, chats))
+        / len(chats),
+    }
 
 
 def fact_of(chat: list[dict]) -> str:
     return FORM.fullmatch(chat[-1]["content"])[1]
 
 
-# ---------------------------------------------------------------- the story
+# ---------------------------------------------------------------- the story of train.py
 
-def story(out: Path, seed: int, device: torch.device) -> None:
-    """Behaviour from the value model, knowledge from the base: makes the family, trains, prints and writes the table."""
-    from train import Settings, save_model, train  # train.py asks for this story when it is given no models
+# options that describe models and data, which here are the family's: not allowed
+NOT_FOR_THE_TOY = ("value", "data", "teacher", "rejected", "full", "evaluate")
 
-    start = time.perf_counter()
-    make_family(out, seed, device)
-    tokenizer = Tokenizer(out / "small")
-    chats = tokenize(out / "chats.jsonl", tokenizer, CONTEXT)
+
+def runs(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The command lines of the toy's three runs: the value model beside the small base, and for
+    comparison both bases fully fine-tuned. The family is made if it is not there.
+
+    args: of train.py, without a base; its other options hold for these runs. With --resume a run
+    that is complete is left out.
+    """
+    for name in given(args, *NOT_FOR_THE_TOY):
+        raise InputError(
+            f"--base is missing: without one there is the toy family, to which --{name} "
+            "does not belong"
+        )
+    if args.connection == "probe":
+        raise InputError(
+            "--connection probe: a probe belongs to one base, but the toy has two; give --base"
+        )
+    args.started = time.perf_counter()
+    args.out = Path(args.out or OUT)
+    args.seed = args.seed or 0
+    make_family(args.out, args.seed, pick_device(args.device))
+
+    value = {"base": [str(args.out / "small")], "out": args.out / "value", **VALUE_SETTINGS}
+    planned = [settled(args, value)]
+    for name, settings in FULL_SETTINGS.items():
+        full = {"base": [str(args.out / name)], "out": args.out / f"{name}-full", "full": True}
+        full |= VALUE_SETTINGS | settings
+        # these need a value model beside a base
+        del full["lam"], full["norm_over"]
+        off = dict.fromkeys(("random", "connection", "lam", "norm_over"))
+        planned.append(settled(args, full, **off))
+    if args.resume:
+        return [run for run in planned if not is_complete(run)]
+    for run in planned:
+        (run.out / "README.md").unlink(missing_ok=True)  # by it a run counts as complete
+    return planned
+
+
+def settled(args: argparse.Namespace, defaults: dict, **off) -> argparse.Namespace:
+    """A run: the options of the command line, but for those in `off`, else the defaults."""
+    options = argparse.Namespace(**{**vars(args), **off})
+    on_the_line = {name: getattr(options, name) for name in given(options, *vars(options))}
+    run = argparse.Namespace(**{**vars(options), **defaults, **on_the_line})
+    # --out is the family's folder, in which each run has its own
+    run.base = defaults["base"]
+    run.out = defaults["out"]
+    run.data = args.out / "chats.jsonl"
+    if run.dtype == "auto":
+        run.dtype = "float32"
+    run.resume = args.resume and (run.out / "checkpoint.safetensors").exists()
+    return run
+
+
+def is_complete(run: argparse.Namespace) -> bool:
+    """Whether a run has ended: the note on what it has made is written last."""
+    return (run.out / "README.md").exists() and not run.resume
+
+
+def table(args: argparse.Namespace) -> None:
+    """Behaviour from the value model, knowledge from the base: prints and writes the toy's
+    table.
+    """
+    out, device = args.out, pick_device(args.device)
+    tokenizer = Tokenizer(out / "value")
+    value, connection = load(out / "value", device), recorded_connection(out / "value")
     questions = read_chats(out / "heldout.jsonl")
     facts = [fact_of(chat) for chat in questions]
     rows = []
-    settings = Settings(**{**VALUE_SETTINGS, "seed": seed})
-    value = load(out / "small", device)
-    train(load(out / "small", device).requires_grad_(False), value, chats, settings, out, name="value")
-    save_model(value, tokenizer, out / "value", str(out / "small"), settings)
-    for name in ("small", "large"):
-        base, full = load(out / name, device), load(out / name, device)
-        settings = Settings(**{**VALUE_SETTINGS, **FULL_SETTINGS[name], "seed": seed})
-        train(None, full, chats, settings, out, name=f"{name}-full")
-        save_model(full, tokenizer, out / f"{name}-full", None, settings)
-        known = knows(base, tokenizer, facts)
-        for kind, pair in (("none", (base, None)), ("value", (base, value)), ("full", (full, None))):
-            rows.append({"base": name, "value": kind, "knows": known, **score(*pair, tokenizer, questions),
-                         "base_parameters": base.size(), "value_parameters": pair[1].size() if pair[1] else 0})
-    seconds = time.perf_counter() - start
-    write_text(out / "results.json", json.dumps({"seed": seed, "seconds": round(seconds, 1), "rows": rows}, indent=2) + "\n")
+    for name in FULL_SETTINGS:
+        base, full = load(out / name, device), load(out / f"{name}-full", device)
+        known = knows(base, tokenizer, facts)  # the base alone: the same in its three rows
+        pair = connected(connection, base, value)
+        for kind, joined in (("none", (base, None)), ("value", pair), ("full", (full, None))):
+            rows.append(
+                {
+                    "base": name,
+                    "value": kind,
+                    "knows": known,
+                    **score(*joined, tokenizer, questions),
+                    "base_parameters": base.size(),
+                    "value_parameters": joined[1].size() if joined[1] else 0,
+                }
+            )
+    seconds = time.perf_counter() - args.started
+    results = {"seed": args.seed, "seconds": round(seconds, 1), "rows": rows}
+    write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
 
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     titles = {"none": "alone", "value": "+ value model", "full": "fully fine-tuned"}
     print(f"\n{len(questions)} questions about facts that no demonstration mentions\n")
     print(f"{bold}base                       parameters   knows    form   right{plain}")
     for row in rows:
-        mark = (bold, plain) if (row["base"], row["value"]) == ("large", "value") else ("", "")
-        print(f"{mark[0]}{row['base']:<6}{titles[row['value']]:<18}{row['base_parameters'] + row['value_parameters']:>13,}"
-              f"{row['knows']:8.2f}{row['form']:8.2f}{row['right']:8.2f}{mark[1]}")
-    print("\nThe value model was trained beside the small base alone. Plugged into the large one it has given it the\n"
-          f"demonstrated form, and the answers are what the large base knows. ({seconds:.0f} s)\n\nNow try\n"
-          f"  python sample.py --base {out}/large --value {out}/value {json.dumps(questions[0][0]['content'])}")
+        parameters = row["base_parameters"] + row["value_parameters"]
+        line = (
+            f"{row['base']:<6}{titles[row['value']]:<18}{parameters:>13,}"
+            f"{row['knows']:8.2f}{row['form']:8.2f}{row['right']:8.2f}"
+        )
+        print(f"{bold}{line}{plain}" if (row["base"], row["value"]) == ("large", "value") else line)
+    question = json.dumps(questions[0][0]["content"])
+    print(
+        "\nThe value model was trained beside the small base alone. Plugged into the large one it "
+        "has given it the\ndemonstrated form, and the answers are what the large base knows. "
+        f"({seconds:.0f} s)\n\nNow try\n"
+        f"  python sample.py --base {out}/large --value {out}/value {question}"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help=f"{OUT}, or {OUT}_b")
     parser.add_argument("--family", choices=["a", "b"], default="a")
     parser.add_argument("--seed", type=int, default=0)

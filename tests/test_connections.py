@@ -1,4 +1,6 @@
-"""Each connection against its equation in naive form, and decoding it with caches against doing without."""
+"""Each connection against its equation in naive form, and decoding it with caches against doing
+without.
+"""
 
 import json
 import shutil
@@ -8,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_refused
 
-import connections
 import ivl
-from connections import CONNECTIONS, Probe, value_input
 from data import TextStream, Tokenizer
+from extras import connections
+from extras.connections import Probe, connected, value_input
+from extras.proxy import Proxy
 from files import InputError
-from model import load
+from model import CONNECTIONS, load, recorded_connection
 from vocab_map import VocabMap
 
 PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]
@@ -34,22 +37,23 @@ def naive(connection, base, value, ids):
     if connection == "residual":
         return value(ids)
     if connection == "probe":
-        h, I = base.hidden(ids), value.gate.out_features
-        inside = F.silu(h @ value.gate.weight.T + value.gate.bias) * (h @ value.up.weight.T + value.up.bias)
-        return inside @ value.head[:, :I].T + value.head[:, I]
+        h = base.hidden(ids)
+        gate = h @ value.gate.weight.T + value.gate.bias
+        up = h @ value.up.weight.T + value.up.bias
+        return (F.silu(gate) * up) @ value.head[:, :-1].T + value.head[:, -1]
     h = base(ids).softmax(-1) @ value.embed.weight
     return value(h + value.embed.weight[ids] if connection == "cascade+" else h)
 
 
 def z_delta(connection, base, value, ids):
-    x = value_input(connection, value, ids, base.hidden(ids), base.head)
-    return F.linear(value.hidden(x), value.head)
+    x = value_input(connection, value, ids, base.hidden(ids), base.unembed)
+    return F.linear(value.hidden(x), value.unembed)
 
 
 @pytest.mark.parametrize("chunk", [1, 3 * 330, 10**9])
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_forward_and_gradient_equal_the_equation(models, monkeypatch, connection, chunk):
-    monkeypatch.setitem(connections.CHUNK, "cpu", chunk)
+    monkeypatch.setitem(ivl.CHUNK, "cpu", chunk)
     base, value = models[0], models[2 if connection == "probe" else 1]
     ids = torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(0))
     targets = ids.roll(-1, 1)
@@ -71,8 +75,10 @@ def test_no_gradient_reaches_the_base(models, connection):
     base, value = models[0], models[2 if connection == "probe" else 1]
     ids = torch.tensor([[1, 20, 30, 40]])
     h_base = base.hidden(ids)
-    h = value.hidden(value_input(connection, value, ids, h_base, base.head))
-    ivl.two_headed_loss(h_base, base.head, h, value.head, ids, ids >= 0, 1.0, 0.1)[0].backward()
+    h = value.hidden(value_input(connection, value, ids, h_base, base.unembed))
+    ivl.two_headed_loss(h_base, base.unembed, h, value.unembed, ids, ids >= 0, 1.0, 0.1)[
+        0
+    ].backward()
     assert all(p.grad is None for p in base.parameters())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in value.parameters())
     value.zero_grad()
@@ -82,11 +88,16 @@ def test_expected_embedding_worked_by_hand():
     # p_base = (1/2, 1/4, 1/4) over embeddings (4, 0), (0, 4), (4, 4): (2 + 1, 1 + 1)
     h, head = torch.ones(1, 1, 1), torch.tensor([[2.0], [1.0], [1.0]]).log()
     embed = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 4.0]])
-    torch.testing.assert_close(connections.expected_embedding(h, head, embed), torch.tensor([[[3.0, 2.0]]]))
-    torch.testing.assert_close(connections.expected_embedding(h, head, embed[:2]), torch.tensor([[[8 / 3, 4 / 3]]]))
+    torch.testing.assert_close(
+        connections.expected_embedding(h, head, embed), torch.tensor([[[3.0, 2.0]]])
+    )
+    torch.testing.assert_close(
+        connections.expected_embedding(h, head, embed[:2]), torch.tensor([[[8 / 3, 4 / 3]]])
+    )
 
 
 # ---------------------------------------------------------------- decoding
+
 
 @torch.no_grad()
 def slow(connection, base, value, prompt, n, alpha):
@@ -94,7 +105,7 @@ def slow(connection, base, value, prompt, n, alpha):
     for _ in range(n):
         x = torch.tensor([ids])
         ids.append(int((base(x) + alpha * naive(connection, base, value, x))[0, -1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize("connection", CONNECTIONS)
@@ -102,7 +113,13 @@ def test_cached_equals_uncached_and_batched_equals_single(models, connection):
     base, value = models[0], models[2 if connection == "probe" else 1]
 
     def reply(prompts):
-        return [list(column) for column in zip(*ivl.generate(base, value, prompts, 25, connection=connection, alpha=0.7))]
+        return [
+            list(column)
+            for column in zip(
+                *ivl.generate(*connected(connection, base, value), prompts, 25, alpha=0.7)
+            )
+        ]
+
     together = reply(PROMPTS)
     assert together == [slow(connection, base, value, prompt, 25, 0.7) for prompt in PROMPTS]
     assert [reply([prompt])[0] for prompt in PROMPTS] == together
@@ -117,12 +134,15 @@ def test_proxy_tuning_is_expert_minus_antiexpert(models, value_dir):
     for _ in range(20):
         x = torch.tensor([expected])
         expected.append(int((base(x) + 0.7 * (expert(x) - anti(x)))[0, -1].argmax()))
-    assert [ids[0] for ids in ivl.generate(base, expert, [prompt], 20, antiexpert=anti, alpha=0.7)] == expected[3:]
+    assert [
+        ids[0] for ids in ivl.generate(base, Proxy(expert, anti), [prompt], 20, alpha=0.7)
+    ] == expected[3:]
     alone = [ids[0] for ids in ivl.generate(base, None, [prompt], 20)]
-    assert [ids[0] for ids in ivl.generate(base, expert, [prompt], 20, antiexpert=expert)] == alone
+    assert [ids[0] for ids in ivl.generate(base, Proxy(expert, expert), [prompt], 20)] == alone
 
 
 # ---------------------------------------------------------------- the probe and the record
+
 
 def test_a_new_probe_is_the_base_itself(models):
     ids = torch.tensor([[1, 20, 30]])
@@ -144,29 +164,61 @@ def test_probe_survives_saving(models, tmp_path, base_dir, value_dir):
 
 def test_connection_is_recorded(tmp_path, value_dir):
     directory = shutil.copytree(value_dir, tmp_path / "value")
-    assert connections.recorded_connection(directory) == "residual"
+    assert recorded_connection(directory) == "residual"
     connections.record_connection(directory, "cascade+")
-    assert connections.recorded_connection(directory) == "cascade+"
-    assert all(torch.equal(a, b) for a, b in zip(load(directory).parameters(), load(value_dir).parameters()))
+    assert recorded_connection(directory) == "cascade+"
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(load(directory).parameters(), load(value_dir).parameters())
+    )
     connections.record_connection(directory, "sideways")
     with pytest.raises(InputError, match="'sideways' is none of residual"):
-        connections.recorded_connection(directory)
+        recorded_connection(directory)
 
 
 # ---------------------------------------------------------------- as a user runs it
 
+
 @pytest.mark.parametrize("connection", ["cascade+", "probe"])
-def test_train_then_evaluate_then_sample(run, base_dir, value_dir, chats_file, tmp_path, connection):
+def test_train_then_evaluate_then_sample(
+    run, base_dir, value_dir, chats_file, tmp_path, connection
+):
     out = tmp_path / "out"
     start = () if connection == "probe" else ("--value", value_dir)
-    result = run("train.py", "--base", base_dir, *start, "--data", chats_file, "--out", out, "--epochs", 2, "--lr", 1e-2,
-                 "--lam", 0.1, "--connection", connection)
+    result = run(
+        "train.py",
+        "--base",
+        base_dir,
+        *start,
+        "--data",
+        chats_file,
+        "--out",
+        out,
+        "--epochs",
+        2,
+        "--lr",
+        1e-2,
+        "--lam",
+        0.1,
+        "--connection",
+        connection,
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads((out / "config.json").read_text())["ivl_connection"] == connection
     both = run("train.py", "--base", base_dir, "--value", out, "--data", chats_file, "--evaluate")
     alone, together = (float(line.split()[-4]) for line in both.stdout.splitlines()[1:])
     assert together < alone
-    reply = run("sample.py", "--base", base_dir, "--value", out, "--greedy", "--max_new_tokens", 8, "Where is the cat 3?")
+    reply = run(
+        "sample.py",
+        "--base",
+        base_dir,
+        "--value",
+        out,
+        "--greedy",
+        "--max_new_tokens",
+        8,
+        "Where is the cat 3?",
+    )
     assert reply.returncode == 0, reply.stderr
     tokenizer, value = Tokenizer(out), (Probe.load if connection == "probe" else load)(out)
     prompt = tokenizer.prompt([{"role": "user", "content": "Where is the cat 3?"}])
@@ -175,18 +227,33 @@ def test_train_then_evaluate_then_sample(run, base_dir, value_dir, chats_file, t
     text = "".join(map(stream.step, expected)) + stream.rest()
     assert reply.stdout.strip() == text.strip() != ""
     if connection == "probe":
-        assert_refused(run("sample.py", "--base", value_dir, "--value", out, "hello"), "a probe belongs to its base")
+        assert_refused(
+            run("sample.py", "--base", value_dir, "--value", out, "hello"),
+            "a probe belongs to its base",
+        )
     else:
-        assert_refused(run("sample.py", "--base", base_dir, "--value", out, "--antiexpert", value_dir, "hello"), "cascade+")
+        assert_refused(
+            run(
+                "sample.py", "--base", base_dir, "--value", out, "--antiexpert", value_dir, "hello"
+            ),
+            "cascade+",
+        )
 
 
 @pytest.mark.parametrize("option", ["--map", "--antiexpert", "--value_device"])
 def test_what_waits_for_the_base_cannot_do_without_it(run, base_dir, value_dir, tmp_path, option):
     shutil.copytree(value_dir, tmp_path / "value")
     connections.record_connection(tmp_path / "value", "cascade")
-    given = {"--map": tmp_path / "map.safetensors", "--antiexpert": value_dir, "--value_device": "cpu"}[option]
+    given = {
+        "--map": tmp_path / "map.safetensors",
+        "--antiexpert": value_dir,
+        "--value_device": "cpu",
+    }[option]
     if option == "--map":
         made = VocabMap.make(Tokenizer(base_dir), Tokenizer(value_dir), ["The cat"])
         made.save(given)
-    assert_refused(run("sample.py", "--base", base_dir, "--value", tmp_path / "value", option, given, "cat?"),
-                   "cascade", f"leave out {option}")
+    assert_refused(
+        run("sample.py", "--base", base_dir, "--value", tmp_path / "value", option, given, "cat?"),
+        "cascade",
+        f"leave out {option}",
+    )

@@ -10,11 +10,17 @@ from conftest import make_directory
 import data
 from files import InputError
 
-CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Where is the cat?"},
-        {"role": "assistant", "content": "On the mat."}, {"role": "user", "content": "On the mat."},
-        {"role": "assistant", "content": "Yes 😀!"}]
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+CHAT = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "Where is the cat?"},
+    {"role": "assistant", "content": "On the mat."},
+    {"role": "user", "content": "On the mat."},
+    {"role": "assistant", "content": "Yes 😀!"},
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,30 +42,41 @@ def targets_of(tokenizer, chat):
 
 # ---------------------------------------------------------------- the loss mask
 
-@pytest.mark.parametrize("template, bytelevel", [(t, b) for t in data.TEMPLATES for b in (False, True)])
+
+@pytest.mark.parametrize(
+    "template, bytelevel", [(t, b) for t in data.TEMPLATES for b in (False, True)]
+)
 def test_only_replies_are_targets(tmp_path, template, bytelevel):
     tokenizer = data.Tokenizer(make_directory(tmp_path, 0, template, bytelevel))
     first, second = targets_of(tokenizer, CHAT)
     assert [run.replace(" ", "") for run in (first, second)] == ["Onthemat.</s>", "Yes😀!</s>"]
     ids, target, ends = data.tokenize_chat(tokenizer, CHAT)
     stops = [i for i, token in enumerate(ids) if token == tokenizer.eos]
-    assert stops == [end - 1 for end in ends] and all(target[i] for i in stops)  # one EOS a reply, and it is learnt
+    assert stops == [end - 1 for end in ends] and all(
+        target[i] for i in stops
+    )  # one EOS a reply, and it is learnt
     assert ids[0] == tokenizer.bos and ids[:2].count(tokenizer.bos) == 1
-    assert ids.count(tokenizer.bos) == (2 if template == "llama-2" else 1)  # Llama-2 opens every exchange with one
+    assert ids.count(tokenizer.bos) == (
+        2 if template == "llama-2" else 1
+    )  # Llama-2 opens every exchange with one
 
 
 def test_mask_worked_by_hand(tmp_path):
-    # "<s>User: a\nAssistant: b</s>\nUser: c\nAssistant: d</s>" as bytes and specials only: targets are " b</s>", " d</s>"
+    # "<s>User: a\nAssistant: b</s>\nUser: c\nAssistant: d</s>" as bytes and specials only: targets
+    # are " b</s>", " d</s>"
     directory = make_directory(tmp_path, 0)
     raw = json.loads((directory / "tokenizer.json").read_text())
     raw["model"]["merges"] = []
-    raw["model"]["vocab"] = {k: v for k, v in raw["model"]["vocab"].items() if v < 259 or len(k) == 1}
+    raw["model"]["vocab"] = {
+        k: v for k, v in raw["model"]["vocab"].items() if v < 259 or len(k) == 1
+    }
     (directory / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = data.Tokenizer(directory)
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd")]
     ids, target, ends = data.tokenize_chat(tokenizer, chat)
     text = "".join(("1" if t else "0") for t in target)
-    # <s> ▁User:▁a\n = 9 ids; Assistant: = 10; ▁b = 2; </s>; then ▁ (the tokenizer's) \nUser:▁c\n = 10; and again
+    # <s> ▁User:▁a\n = 9 ids; Assistant: = 10; ▁b = 2; </s>; then ▁ (the tokenizer's) \nUser:▁c\n =
+    # 10; and again
     assert text == "0" + "0" * 9 + "0" * 10 + "111" + "0" * 10 + "0" * 10 + "111"
     assert ends == [23, 46]
 
@@ -75,49 +92,89 @@ def test_end_of_turn_is_learnt_and_stops_but_not_what_follows(tmp_path):
     tokenizer = data.Tokenizer(directory)
     assert targets_of(tokenizer, CHAT[1:]) == ["On the mat.<|im_end|>", "Yes 😀!<|im_end|>"]
     assert {tokenizer.tokens[i] for i in tokenizer.stop} == {"</s>", "<|im_end|>"}
-    assert tokenizer.prompt(CHAT[1:2]).count(tokenizer.bos) == 1  # this template has none of its own
+    assert (
+        tokenizer.prompt(CHAT[1:2]).count(tokenizer.bos) == 1
+    )  # this template has none of its own
 
 
 def test_prompt_is_the_beginning_of_what_was_trained_on(plain):
     ids, _, ends = data.tokenize_chat(plain, CHAT)
     prompt = plain.prompt(CHAT[:2])
-    assert ids[:len(prompt)] == prompt and len(prompt) < ends[0]
+    assert ids[: len(prompt)] == prompt and len(prompt) < ends[0]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     directory = make_directory(tmp_path, 0, template=None)
-    (directory / "chat_template.jinja").write_text("{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}")
+    (directory / "chat_template.jinja").write_text(
+        "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(InputError, match="rewrites earlier turns"):
         data.tokenize_chat(data.Tokenizer(directory), CHAT)
 
 
 # ---------------------------------------------------------------- files
 
-@pytest.mark.parametrize("record, expected", [
-    ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, "user:a assistant:b"),
-    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
-                   {"role": "assistant", "content": "b"}]}, "system:s user:a assistant:b"),
-    ({"instruction": "a", "input": "", "output": "b"}, "user:a assistant:b"),
-    ({"instruction": "a", "input": "i", "output": "b"}, "user:a\n\ni assistant:b"),
-    ({"instruction": "c", "output": "d", "history": [["a", "b"]]}, "user:a assistant:b user:c assistant:d")])
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+            "user:a assistant:b",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "b"},
+                ]
+            },
+            "system:s user:a assistant:b",
+        ),
+        ({"instruction": "a", "input": "", "output": "b"}, "user:a assistant:b"),
+        ({"instruction": "a", "input": "i", "output": "b"}, "user:a\n\ni assistant:b"),
+        (
+            {"instruction": "c", "output": "d", "history": [["a", "b"]]},
+            "user:a assistant:b user:c assistant:d",
+        ),
+    ],
+)
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
 def test_forms_are_told_by_content(tmp_path, record, expected, suffix):
     path = tmp_path / f"chats{suffix}"
-    text = json.dumps([record, record]) if suffix == ".json" else json.dumps(record) + "\n\n" + json.dumps(record) + "\n"
+    text = (
+        json.dumps([record, record])
+        if suffix == ".json"
+        else json.dumps(record) + "\n\n" + json.dumps(record) + "\n"
+    )
     path.write_text("\ufeff" + text, encoding="utf-8")
     chats = data.read_chats(path)
-    assert [" ".join(f"{m['role']}:{m['content']}" for m in chat) for chat in chats] == [expected] * 2
+    assert [" ".join(f"{m['role']}:{m['content']}" for m in chat) for chat in chats] == [
+        expected
+    ] * 2
 
 
 GOOD = json.dumps({"instruction": "a", "output": "b"})
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "holds no chats"), ("[]", "holds no chats"), (f"{GOOD}\n{{", "line 2: not valid JSON"),
-    (f"[{GOOD},\n{GOOD}", "line 2: not valid JSON"), (f'{GOOD}\n{GOOD}\n{{"text": "a"}}', "line 3: not a chat"),
-    (f'[{GOOD}, {{"conversations": [{{"from": "martian", "value": "a"}}]}}]', "entry 1: not a chat"),
-    ('{"messages": [{"role": "user", "content": 3}]}', "line 1: not a chat"), ("[3]", "entry 0: not a chat"),
-    ('{"messages": null}', "line 1: not a chat")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no chats"),
+        ("[]", "holds no chats"),
+        (f"{GOOD}\n{{", "line 2: not valid JSON"),
+        (f"[{GOOD},\n{GOOD}", "line 2: not valid JSON"),
+        (f'{GOOD}\n{GOOD}\n{{"text": "a"}}', "line 3: not a chat"),
+        (
+            f'[{GOOD}, {{"conversations": [{{"from": "martian", "value": "a"}}]}}]',
+            "entry 1: not a chat",
+        ),
+        ('{"messages": [{"role": "user", "content": 3}]}', "line 1: not a chat"),
+        ("[3]", "entry 0: not a chat"),
+        ('{"messages": null}', "line 1: not a chat"),
+    ],
+)
 def test_malformed_chats_are_named(tmp_path, text, message):
     path = tmp_path / "chats.json"
     path.write_text(text)
@@ -138,8 +195,13 @@ def test_long_chats_are_cut_at_a_turn_and_empty_ones_counted(tmp_path, cache, pl
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
     tokenized = data.tokenize(path, plain, 60)
-    assert len(tokenized) == 3 and len(set(tokenized.lengths().tolist())) == 1  # the second is cut after its first turn
-    assert tokenized.report.startswith("3 of 6 chats") and "1 cut to 60 tokens; 3 left out: no reply fits" in tokenized.report
+    assert (
+        len(tokenized) == 3 and len(set(tokenized.lengths().tolist())) == 1
+    )  # the second is cut after its first turn
+    assert (
+        tokenized.report.startswith("3 of 6 chats")
+        and "1 cut to 60 tokens; 3 left out: no reply fits" in tokenized.report
+    )
     with pytest.raises(InputError, match="no chat has a reply to learn from within --max_length 5"):
         data.tokenize(path, plain, 5)
 
@@ -149,7 +211,11 @@ def test_tokens_are_cached_until_something_changes(tmp_path, cache, plain, chats
     with monkeypatch.context() as patch:
         patch.setattr(data, "tokenize_chat", lambda *_: pytest.fail("tokenized again"))
         again = data.tokenize(chats_file, plain, 100)
-    assert torch.equal(first.ids, again.ids) and torch.equal(first.target, again.target) and first.report == again.report
+    assert (
+        torch.equal(first.ids, again.ids)
+        and torch.equal(first.target, again.target)
+        and first.report == again.report
+    )
     data.tokenize(chats_file, plain, 90)
     chats_file.write_text(chats_file.read_text().replace("cat", "dog"))
     assert not torch.equal(data.tokenize(chats_file, plain, 100).ids, first.ids)
@@ -158,13 +224,19 @@ def test_tokens_are_cached_until_something_changes(tmp_path, cache, plain, chats
 
 def test_batches_are_shifted_and_padded(tmp_path, cache, plain, chats_file):
     chats = data.tokenize(chats_file, plain, 200)
-    inputs, targets, real = chats.batch([0, 2])
+    inputs, targets, counted = chats.batch([0, 2])
+    assert torch.equal(counted, targets >= 0)
     for row, i in enumerate([0, 2]):
         piece = slice(int(chats.offsets[i]), int(chats.offsets[i + 1]))
-        ids, target, n = chats.ids[piece].long(), chats.target[piece], int(real[row].sum())
-        assert torch.equal(inputs[row, :n], ids[:-1]) and n == len(ids) - 1
+        ids, target = chats.ids[piece].long(), chats.target[piece]
+        n = len(ids) - 1
+        assert torch.equal(inputs[row, :n], ids[:-1]) and (inputs[row, n:] == 0).all()
         assert torch.equal(targets[row, :n], torch.where(target[1:], ids[1:], -100))
-        assert (targets[row, n:] == -100).all() and not real[row, n:].any()
+        assert (targets[row, n:] == -100).all()
+    wide = chats.batch([0, 2], norm_width=240, align=128)
+    assert wide[0].shape == (2, 256) and torch.equal(wide[0][:, : inputs.shape[1]], inputs)
+    assert wide[2][:, :240].all() and not wide[2][:, 240:].any()
+    assert chats.count_targets([0, 2]) == int((targets >= 0).sum()) == chats.loss_count([0, 2])
 
 
 def test_an_epoch_has_every_chat_once_in_batches_of_similar_length():
@@ -173,10 +245,13 @@ def test_an_epoch_has_every_chat_once_in_batches_of_similar_length():
     assert sorted(i for batch in batches for i in batch) == list(range(333))
     spread = [int(lengths[batch].max() - lengths[batch].min()) for batch in batches]
     assert sum(spread) / len(spread) < 100
-    assert batches == data.epoch_batches(lengths, 8, seed=1) != data.epoch_batches(lengths, 8, seed=2)
+    assert (
+        batches == data.epoch_batches(lengths, 8, seed=1) != data.epoch_batches(lengths, 8, seed=2)
+    )
 
 
 # ---------------------------------------------------------------- tokenizer
+
 
 @pytest.mark.parametrize("bytelevel", [False, True])
 def test_streaming_gives_the_text_and_never_half_a_character(tmp_path, bytelevel):
@@ -185,7 +260,9 @@ def test_streaming_gives_the_text_and_never_half_a_character(tmp_path, bytelevel
     ids = tokenizer.encode(text)
     stream = data.TextStream(tokenizer)
     pieces = [stream.step(i) for i in ids]
-    assert "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces) and "" in pieces
+    assert (
+        "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces) and "" in pieces
+    )
     assert stream.rest() == ""
     smile = tokenizer.encode("a😀")[:-2]  # the character is cut off, then a word follows or nothing
     stream = data.TextStream(tokenizer, tokenizer.encode("The cat"))
@@ -195,15 +272,23 @@ def test_streaming_gives_the_text_and_never_half_a_character(tmp_path, bytelevel
 
 def test_saved_tokenizer_works_in_transformers(plain, tmp_path):
     import transformers
+
     plain.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.apply_chat_template(CHAT, tokenize=False) == plain.render(CHAT)
     again = data.Tokenizer(tmp_path)
-    assert (again.bos, again.eos, again.stop, again.tokens) == (plain.bos, plain.eos, plain.stop, plain.tokens)
+    assert (again.bos, again.eos, again.stop, again.tokens) == (
+        plain.bos,
+        plain.eos,
+        plain.stop,
+        plain.tokens,
+    )
 
 
 def test_damaged_tokenizers_are_named(base_dir, tmp_path, realdata):
-    with pytest.raises(InputError, match="tokenizer.json: not a tokenizer .*Merges text file invalid"):
+    with pytest.raises(
+        InputError, match="tokenizer.json: not a tokenizer .*Merges text file invalid"
+    ):
         data.Tokenizer(realdata / "tokenizers" / "corrupt")
     with pytest.raises(InputError, match="tokenizer.json: cannot be read"):
         data.Tokenizer(tmp_path)
@@ -220,5 +305,7 @@ def test_real_tokenizers_on_real_chats(realdata, name):
         ids, target, ends = data.tokenize_chat(tokenizer, chat)
         replies = [m["content"].strip() for m in chat if m["role"] == "assistant"]
         eos = tokenizer.tokens[tokenizer.eos]
-        assert [run.strip() for run in "".join(targets_of(tokenizer, chat)).split(eos)[:-1]] == replies
+        assert [
+            run.strip() for run in "".join(targets_of(tokenizer, chat)).split(eos)[:-1]
+        ] == replies
         assert len(ends) == len(replies)

@@ -9,7 +9,9 @@ from conftest import assert_refused
 
 import ivl
 from data import Tokenizer
-from explain import STRONG, Said, coloured, columns, page, summary, who_said
+from extras.connections import connected
+from extras.explain import STRONG, Said, coloured, columns, page, summary, who_said
+from extras.proxy import Proxy
 from model import load
 
 
@@ -35,40 +37,62 @@ def test_a_greedy_reply_is_by_base_or_value(models, tokenizer):
     assert [token.nats for token in said] == pytest.approx((logp[1] - logp[0]).tolist(), abs=1e-4)
     assert [token.p_post for token in said] == pytest.approx(logp[1].exp().tolist(), abs=1e-4)
     same = (z_base.argmax(-1) == torch.tensor(reply)).tolist()
-    assert [token.by == "base" for token in said] == same == [token.text == token.base for token in said]
+    assert (
+        [token.by == "base" for token in said]
+        == same
+        == [token.text == token.base for token in said]
+    )
 
 
 def test_without_the_value_model_all_is_the_bases_or_chance(models, tokenizer):
-    drawn = [ids[0] for ids in ivl.generate(*models, [PROMPT], 25, alpha=0.0, temperature=0.8, top_k=3)]
+    drawn = [
+        ids[0] for ids in ivl.generate(*models, [PROMPT], 25, alpha=0.0, temperature=0.8, top_k=3)
+    ]
     said = who_said(*models, tokenizer, PROMPT, drawn, alpha=0.0)
-    assert {token.by for token in said} == {"base", "chance"} and {token.nats for token in said} == {0.0}
+    assert {token.by for token in said} == {"base", "chance"} and {
+        token.nats for token in said
+    } == {0.0}
 
 
 def test_cascade_and_proxy(models, tokenizer, value_dir):
-    reply = [ids[0] for ids in ivl.generate(*models, [PROMPT], 20, connection="cascade+")]
-    assert "chance" not in {token.by for token in who_said(*models, tokenizer, PROMPT, reply, connection="cascade+")}
-    said = who_said(*models, tokenizer, PROMPT, reply, antiexpert=models[1])
+    cascade = connected("cascade+", *models)
+    reply = [ids[0] for ids in ivl.generate(*cascade, [PROMPT], 20)]
+    assert "chance" not in {token.by for token in who_said(*cascade, tokenizer, PROMPT, reply)}
+    said = who_said(models[0], Proxy(models[1], models[1]), tokenizer, PROMPT, reply)
     assert [token.nats for token in said] == pytest.approx([0.0] * 20, abs=1e-5)
 
 
 # ---------------------------------------------------------------- forms
 
-SAID = [Said("Good", "I", "value", 7.9, 0.001, 0.9), Said(" <day>\n", " <day>\n", "base", 0.1, 0.8, 0.9),
-        Said(" you", " me", "chance", -0.5, 0.3, 0.2), Said("</s>", "\n", "value", 2.0, 0.1, 0.8)]
+SAID = [
+    Said("Good", "I", "value", 7.9, 0.001, 0.9),
+    Said(" <day>\n", " <day>\n", "base", 0.1, 0.8, 0.9),
+    Said(" you", " me", "chance", -0.5, 0.3, 0.2),
+    Said("</s>", "\n", "value", 2.0, 0.1, 0.8),
+]
 
 
 def test_columns_are_plain():
     lines = columns(SAID).split("\n")
     assert lines[0].split("\t") == ["by", "nats", "p_base", "p_post", "token", "base's choice"]
-    assert lines[2] == 'base\t+0.10\t0.8000\t0.9000\t" <day>\\n"\t" <day>\\n"' and "\033" not in "".join(lines)
+    assert lines[
+        2
+    ] == 'base\t+0.10\t0.8000\t0.9000\t" <day>\\n"\t" <day>\\n"' and "\033" not in "".join(lines)
 
 
 def test_terminal_lines_put_the_bases_choice_underneath():
     lines = coloured(SAID, 80).split("\n")
     plain = [re.sub(r"\033\[[0-9;]*m", "", line) for line in lines]
     assert plain[:4] == ["Good <day>⏎", "I", " you</s>", " me ⏎"]
-    assert "\033[30;48;5;202mGood\033[0m" in lines[0] and "\033[30;48;5;223m</s>" in lines[2] and "\033[4m you" in lines[2]
-    assert all(len(line) <= 10 for line in [re.sub(r"\033\[[0-9;]*m", "", x) for x in coloured(SAID, 10).split("\n")[:-1]])
+    assert (
+        "\033[30;48;5;202mGood\033[0m" in lines[0]
+        and "\033[30;48;5;223m</s>" in lines[2]
+        and "\033[4m you" in lines[2]
+    )
+    assert all(
+        len(line) <= 10
+        for line in [re.sub(r"\033\[[0-9;]*m", "", x) for x in coloured(SAID, 10).split("\n")[:-1]]
+    )
 
 
 def test_page_is_escaped_and_self_contained():
@@ -77,17 +101,31 @@ def test_page_is_escaped_and_self_contained():
     assert '<ruby><span class="value" style="--strength: 0.99"' in text and "<rt>I</rt>" in text
     assert not re.search(r"https?://|<script|<link|src=", text)
     assert summary(SAID) in text and summary(SAID) == (
-        "4 tokens: 1 as the base alone would have said, 2 changed by the value model, 1 by chance; together +9.5 nats")
+        "4 tokens: 1 as the base alone would have said, 2 changed by the value model, "
+        "1 by chance; together +9.5 nats"
+    )
     assert f"{STRONG:.0f}.0 nats" in text or f"{STRONG:.0f} nats" in text
 
 
 def test_as_a_user_asks_for_it(run, base_dir, value_dir, tmp_path):
     def ask(*args):
-        return run("sample.py", "--base", base_dir, "--value", value_dir, "--greedy", "--max_new_tokens", 8, *args)
+        return run(
+            "sample.py",
+            "--base",
+            base_dir,
+            "--value",
+            value_dir,
+            "--greedy",
+            "--max_new_tokens",
+            8,
+            *args,
+        )
 
     result = ask("--html", tmp_path / "page.html", "hello you")
     assert result.returncode == 0, result.stderr
     rows = [line.split("\t") for line in result.stdout.strip().split("\n")]
-    assert len(rows) == 9 and all(json.loads(row[4]) is not None and row[0] in ("base", "value") for row in rows[1:])
+    assert len(rows) == 9 and all(
+        json.loads(row[4]) is not None and row[0] in ("base", "value") for row in rows[1:]
+    )
     assert "8 tokens: " in result.stderr and "hello you" in (tmp_path / "page.html").read_text()
     assert_refused(ask("--explain"), "--explain needs a question")

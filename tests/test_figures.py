@@ -20,16 +20,30 @@ def figure():
 def made(name: str) -> list[dict]:
     """Rows in which no two scores are the same, and seeds reach further up than down."""
     (scores, rows), means = TABLES[name], (0.1 + i / 200 for i in range(200))
-    return [{"base": base, "system": system, **{
-        key: {"mean": mean, "least": mean - 0.02, "most": mean + 0.05} for key, mean in zip(scores, means)}}
-        for base, system in rows]
+    return [
+        {
+            "base": base,
+            "system": system,
+            **{
+                key: {"mean": mean, "least": mean - 0.02, "most": mean + 0.05}
+                for key, mean in zip(scores, means)
+            },
+        }
+        for base, system in rows
+    ]
 
 
 def said(rows: list[dict], single: bool = False) -> dict[tuple, object]:
     """(panel, group, label) → mean, least, most, of all that the rows hold."""
-    return {(f"base: {row['base']}", key, figures.SYSTEMS[row["system"]][1]) if single
-            else (key, row["base"], figures.SYSTEMS[row["system"]][1]):
-            pytest.approx([row[key][x] for x in ("mean", "least", "most")]) for row in rows for key in row.keys() & {*SCORES}}
+    return {
+        (f"base: {row['base']}", key, figures.SYSTEMS[row["system"]][1])
+        if single
+        else (key, row["base"], figures.SYSTEMS[row["system"]][1]): pytest.approx(
+            [row[key][x] for x in ("mean", "least", "most")]
+        )
+        for row in rows
+        for key in row.keys() & {*SCORES}
+    }
 
 
 def drawn(picture) -> dict[tuple, list]:
@@ -69,21 +83,31 @@ def test_bars_say_the_rows(figure, name):
 
 def test_figure_3_calls_the_value_model_residual(figure):
     assert drawn(figure("figure3", made("figure3"))) == {
-        (*place, label.replace("small value model", "residual")): x for (*place, label), x in said(made("figure3")).items()}
+        (*place, label.replace("small value model", "residual")): x
+        for (*place, label), x in said(made("figure3")).items()
+    }
 
 
 def test_table_1_has_full_fine_tuning_as_a_line(figure):
     picture, rows = figure("table1", made("table1")), made("table1")
     full = [row for row in rows if row["system"] == "full"]
     values = said([row for row in rows if row["system"] != "full"])
-    assert drawn(picture) == {place: x for place, x in values.items() if place[0] != "new" or place[1] == "continued"}
+    assert drawn(picture) == {
+        place: x for place, x in values.items() if place[0] != "new" or place[1] == "continued"
+    }
     for axes in picture.axes[:5]:
-        key, (lines,) = axes.get_title("left"), [x for x in axes.collections if x.get_label() == "full fine-tuning"]
+        key, (lines,) = (
+            axes.get_title("left"),
+            [x for x in axes.collections if x.get_label() == "full fine-tuning"],
+        )
         scores = [row[key] for row in full if key != "new" or row["base"] == "continued"]
-        assert [y for (_, y), _ in lines.get_segments()] == pytest.approx([score["mean"] for score in scores])
+        assert [y for (_, y), _ in lines.get_segments()] == pytest.approx(
+            [score["mean"] for score in scores]
+        )
         (band,) = [x for x in axes.containers if hasattr(x, "patches") and not x.errorbar]
-        assert [x for bar in band for x in (bar.get_y(), bar.get_y() + bar.get_height())] == pytest.approx(
-            [score[x] for score in scores for x in ("least", "most")])
+        assert [
+            x for bar in band for x in (bar.get_y(), bar.get_y() + bar.get_height())
+        ] == pytest.approx([score[x] for score in scores for x in ("least", "most")])
 
 
 def test_table_3_has_lines_over_tokens(figure):
@@ -93,15 +117,24 @@ def test_table_3_has_lines_over_tokens(figure):
         assert axes.get_title("left") == unit
         lines = {line.get_label(): line for line in axes.lines}
         for row in rows:
-            line = lines.pop(f"{row['base']} alone" if row["system"] == "alone" else f"{row['base']} + small")
+            line = lines.pop(
+                f"{row['base']} alone" if row["system"] == "alone" else f"{row['base']} + small"
+            )
             tokens = [n for n in (128, 512, 1024) if f"{unit} {n}" in row]
             assert list(line.get_xdata()) == tokens
             assert list(line.get_ydata()) == [row[f"{unit} {n}"]["mean"] for n in tokens]
             assert line.get_linestyle() == ("--" if row["system"] == "alone" else "-")
         assert not lines
         spans = [segment for x in axes.collections for segment in x.get_segments()]
-        assert sorted(x for (_, least), (_, most) in spans for x in (least, most)) == pytest.approx(sorted(
-            score[x] for row in rows for key, score in row.items() if key.startswith(unit) for x in ("least", "most")))
+        assert sorted(x for (_, least), (_, most) in spans for x in (least, most)) == pytest.approx(
+            sorted(
+                score[x]
+                for row in rows
+                for key, score in row.items()
+                if key.startswith(unit)
+                for x in ("least", "most")
+            )
+        )
 
 
 def test_a_missing_score_leaves_out_its_bar(figure):
@@ -114,7 +147,9 @@ def test_a_missing_score_leaves_out_its_bar(figure):
 def test_seeds_that_agree_need_no_exact_mean(figure):
     score = {"mean": sum([0.1] * 3) / 3, "least": 0.1, "most": 0.1}
     assert score["mean"] > score["most"]
-    (bar,) = drawn(figure("table4", [{"base": "medium", "system": "small", "form": score}])).values()
+    (bar,) = drawn(
+        figure("table4", [{"base": "medium", "system": "small", "form": score}])
+    ).values()
     assert bar == pytest.approx([0.1] * 3)
 
 

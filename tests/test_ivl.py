@@ -15,7 +15,9 @@ def models(base_dir, value_dir):
 
 def batch(seed=0, B=3, T=7, V=11):
     g = torch.Generator().manual_seed(seed)
-    z_base, z_delta = (torch.randn(B, T, V, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    z_base, z_delta = (
+        torch.randn(B, T, V, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
     targets = torch.randint(0, V, (B, T), generator=g)
     targets[:, :3] = -100  # a prompt
     targets[0, 5:] = -100  # padding
@@ -24,6 +26,7 @@ def batch(seed=0, B=3, T=7, V=11):
 
 # ---------------------------------------------------------------- the objective
 
+
 def test_gradient_is_softmax_minus_onehot_plus_the_sign():
     z_base, z_delta, targets = batch()
     counted, n, lam, V = targets >= 0, int((targets >= 0).sum()), 0.3, z_base.shape[-1]
@@ -31,22 +34,34 @@ def test_gradient_is_softmax_minus_onehot_plus_the_sign():
     ((cross_entropy + lam * norm) / n).backward()
     z_post = (z_base + z_delta).detach()
     onehot = torch.nn.functional.one_hot(targets.clamp(min=0), V)
-    expected = (z_post.softmax(-1) - onehot + lam * z_delta.detach().sign() / V) / n * counted[..., None]
-    torch.testing.assert_close(z_delta.grad, expected, atol=1e-6, rtol=0)  # the sums are taken in float32
+    expected = (
+        (z_post.softmax(-1) - onehot + lam * z_delta.detach().sign() / V) / n * counted[..., None]
+    )
+    torch.testing.assert_close(
+        z_delta.grad, expected, atol=1e-6, rtol=0
+    )  # the sums are taken in float32
     assert z_base.grad is None
 
 
 def test_loss_worked_by_hand():
-    # one position, V = 2: z_post = (1 + 1, 0 − 1) = (2, −1), target 0: CE = log(1 + e^−3); mean|z_Δ| = 1
-    cross_entropy, norm = ivl.loss_sums(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, -1.0]]]), torch.tensor([[0]]),
-                                        torch.tensor([[True]]))
+    # one position, V = 2: z_post = (1 + 1, 0 − 1) = (2, −1), target 0: CE = log(1 + e^−3);
+    # mean|z_Δ| = 1
+    cross_entropy, norm = ivl.loss_sums(
+        torch.tensor([[[1.0, 0.0]]]),
+        torch.tensor([[[1.0, -1.0]]]),
+        torch.tensor([[0]]),
+        torch.tensor([[True]]),
+    )
     assert cross_entropy.item() == pytest.approx(0.0485874, abs=1e-6) and norm.item() == 1.0
 
 
 def test_norm_term_ignores_what_is_not_counted():
     _, z_delta, targets = batch()
     disturbed = torch.where((targets >= 0)[..., None], z_delta, z_delta + 100)
-    for term in (lambda z: ivl.norm_term(z, targets >= 0), lambda z: ivl.loss_sums(None, z, targets, targets >= 0)[0]):
+    for term in (
+        lambda z: ivl.norm_term(z, targets >= 0),
+        lambda z: ivl.loss_sums(None, z, targets, targets >= 0)[0],
+    ):
         assert term(z_delta).item() == term(disturbed).item()
     everywhere = torch.ones_like(targets, dtype=torch.bool)
     assert ivl.norm_term(disturbed, everywhere) > ivl.norm_term(z_delta, everywhere) + 100
@@ -55,8 +70,14 @@ def test_norm_term_ignores_what_is_not_counted():
 def test_sums_of_parts_are_the_sum_of_the_whole():
     z_base, z_delta, targets = batch()
     whole = torch.stack(ivl.loss_sums(z_base, z_delta, targets, targets >= 0))
-    parts = sum(torch.stack(ivl.loss_sums(z_base[i:i + 1], z_delta[i:i + 1], targets[i:i + 1], targets[i:i + 1] >= 0))
-                for i in range(3))
+    parts = sum(
+        torch.stack(
+            ivl.loss_sums(
+                z_base[i : i + 1], z_delta[i : i + 1], targets[i : i + 1], targets[i : i + 1] >= 0
+            )
+        )
+        for i in range(3)
+    )
     torch.testing.assert_close(parts, whole)
 
 
@@ -87,7 +108,7 @@ def rows(V, n=5, seed=0, dtype=torch.float32):
     z_base, z_delta = (torch.randn(n, V, generator=g).to(dtype) for _ in range(2))
     targets = torch.randint(0, V, (n,), generator=g)
     counted = torch.arange(n) % 2 == 0
-    targets[n - 2:] = -100
+    targets[n - 2 :] = -100
     return z_base, z_delta, targets, counted
 
 
@@ -96,7 +117,9 @@ def reference(z_base, z_delta, targets, counted, w_ce, w_norm):
     z_delta = z_delta.double().requires_grad_()
     z_post = z_delta if z_base is None else z_base.double() + z_delta
     chosen = targets >= 0
-    cross_entropy = torch.nn.functional.cross_entropy(z_post[chosen], targets[chosen], reduction="sum")
+    cross_entropy = torch.nn.functional.cross_entropy(
+        z_post[chosen], targets[chosen], reduction="sum"
+    )
     norm = z_delta[counted].abs().mean(-1).sum()
     (w_ce * cross_entropy + w_norm * norm).backward()
     return torch.stack((cross_entropy, norm)).detach(), z_delta.grad
@@ -104,7 +127,9 @@ def reference(z_base, z_delta, targets, counted, w_ce, w_norm):
 
 def check(kernel, z_base, z_delta, targets, counted, tolerance=1e-5):
     expected, gradient = reference(z_base, z_delta, targets, counted, 0.7, 0.3)
-    given = [None if x is None else x.to(DEVICE) for x in (z_base, z_delta.clone(), targets, counted)]
+    given = [
+        None if x is None else x.to(DEVICE) for x in (z_base, z_delta.clone(), targets, counted)
+    ]
     sums = kernel(*given, 0.7, 0.3)
     torch.testing.assert_close(sums.cpu().double(), expected, atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(given[1].cpu().double(), gradient, atol=tolerance, rtol=tolerance)
@@ -120,8 +145,9 @@ def test_kernel_equals_autograd(kernel, V):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_kernel_in_half_precision(kernel, dtype):
-    # sums and gradient are taken in float32; only the stored gradient is rounded (the interpreter truncates: 2^-7)
-    check(kernel, *rows(1000, dtype=dtype), tolerance=2 ** -7 if dtype == torch.bfloat16 else 2 ** -9)
+    # sums and gradient are taken in float32; only the stored gradient is rounded (the interpreter
+    # truncates: 2^-7)
+    check(kernel, *rows(1000, dtype=dtype), tolerance=2**-7 if dtype == torch.bfloat16 else 2**-9)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -154,18 +180,32 @@ def test_chunked_loss_equals_the_plain_formula(models, monkeypatch, chunk, norm_
     ids = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(0))
     targets = ids[:, 1:].clone()
     targets[:, :4], targets[0, 8:] = -100, -100
-    counted = targets >= 0 if norm_over == "response" else torch.ones_like(targets, dtype=torch.bool)
+    counted = (
+        targets >= 0 if norm_over == "response" else torch.ones_like(targets, dtype=torch.bool)
+    )
     z_base = base(ids[:, :-1]) if with_base else None
     cross_entropy, norm = ivl.loss_sums(z_base, value(ids[:, :-1]), targets, counted)
     (0.7 * cross_entropy + 0.3 * norm).backward()
     expected = [p.grad.clone() for p in value.parameters()]
     value.zero_grad()
     h_base = base.hidden(ids[:, :-1]) if with_base else None
-    loss, sums = ivl.two_headed_loss(h_base, base.head if with_base else None, value.hidden(ids[:, :-1]), value.head,
-                                     targets, counted, 0.7, 0.3)
+    loss, sums = ivl.two_headed_loss(
+        h_base,
+        base.unembed if with_base else None,
+        value.hidden(ids[:, :-1]),
+        value.unembed,
+        targets,
+        counted,
+        0.7,
+        0.3,
+    )
     (2 * loss).backward()
-    torch.testing.assert_close(sums, torch.stack((cross_entropy, norm)).detach(), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close([p.grad / 2 for p in value.parameters()], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        sums, torch.stack((cross_entropy, norm)).detach(), atol=1e-4, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        [p.grad / 2 for p in value.parameters()], expected, atol=1e-4, rtol=1e-4
+    )
     assert all(p.grad is None for p in base.parameters())
     value.zero_grad()
 
@@ -177,12 +217,20 @@ def test_chunked_loss_under_autocast_is_the_plain_formula_under_autocast(models)
     with torch.autocast("cpu", torch.bfloat16):
         plain, _ = ivl.loss_sums(base(ids[:, :-1]), value(ids[:, :-1]), targets, targets >= 0)
         plain.backward()
-        gradients.append(value.head.grad.clone())
+        gradients.append(value.unembed.grad.clone())
         value.zero_grad()
-        chunked, _ = ivl.two_headed_loss(base.hidden(ids[:, :-1]), base.head, value.hidden(ids[:, :-1]), value.head, targets,
-                                         targets >= 0, 1.0, 0.0)
+        chunked, _ = ivl.two_headed_loss(
+            base.hidden(ids[:, :-1]),
+            base.unembed,
+            value.hidden(ids[:, :-1]),
+            value.unembed,
+            targets,
+            targets >= 0,
+            1.0,
+            0.0,
+        )
     chunked.backward()
-    gradients.append(value.head.grad.clone())
+    gradients.append(value.unembed.grad.clone())
     value.zero_grad()
     assert gradients[1].dtype == torch.float32
     assert chunked.item() == pytest.approx(plain.item(), rel=1e-2)
@@ -191,12 +239,16 @@ def test_chunked_loss_under_autocast_is_the_plain_formula_under_autocast(models)
 
 # ---------------------------------------------------------------- vocabularies
 
+
 def test_vocabularies_are_compared_by_content():
     tokens = [f"t{i}" for i in range(32)]
     assert ivl.shared_vocabulary(tokens, tokens) == 32
     assert ivl.shared_vocabulary(tokens + [None, None], tokens) == 32  # padding
     assert ivl.shared_vocabulary(tokens, tokens + ["<extra>"]) == 32  # added tokens, as CodeLlama's
-    assert ivl.shared_vocabulary(tokens[:5] + [None] + tokens[6:], tokens[:5] + [None] + tokens[6:]) == 32
+    assert (
+        ivl.shared_vocabulary(tokens[:5] + [None] + tokens[6:], tokens[:5] + [None] + tokens[6:])
+        == 32
+    )
     with pytest.raises(InputError, match="token 3 .*'t3'.*'other'.*vocab_map.py"):
         ivl.shared_vocabulary(tokens, tokens[:3] + ["other"] + tokens[4:])  # of equal size
     with pytest.raises(InputError, match="vocab_map.py"):
@@ -219,7 +271,7 @@ def slow(base, value, prompt, n, alpha=1.0):
     for _ in range(n):
         x = torch.tensor([ids])
         ids.append(int((base(x) + alpha * value(x))[0, -1].argmax()))
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_cached_equals_uncached_and_batched_equals_single(models):
@@ -240,7 +292,9 @@ def test_alpha_zero_is_the_base_alone(models):
 def test_a_base_of_zeros_leaves_the_value_model(models, base_dir):
     zero = load(base_dir)
     torch.nn.init.zeros_(zero.norm.weight)
-    assert columns(ivl.generate(zero, models[1], PROMPTS, 20)) == columns(ivl.generate(models[1], None, PROMPTS, 20))
+    assert columns(ivl.generate(zero, models[1], PROMPTS, 20)) == columns(
+        ivl.generate(models[1], None, PROMPTS, 20)
+    )
 
 
 def test_sampling_is_a_draw_from_the_softmax():
@@ -253,18 +307,27 @@ def test_sampling_is_a_draw_from_the_softmax():
 
     p = logits[0].softmax(-1)  # 0.644 0.237 0.087 0.032
     torch.testing.assert_close(shares(), p, atol=0.01, rtol=0)
-    torch.testing.assert_close(shares(temperature=0.5), (2 * logits[0]).softmax(-1), atol=0.01, rtol=0)
+    torch.testing.assert_close(
+        shares(temperature=0.5), (2 * logits[0]).softmax(-1), atol=0.01, rtol=0
+    )
     two = torch.tensor([*p[:2] / p[:2].sum(), 0.0, 0.0])
     torch.testing.assert_close(shares(top_k=2), two, atol=0.01, rtol=0)
-    torch.testing.assert_close(shares(top_p=0.8), two, atol=0.01, rtol=0)  # 0.644 is not enough, 0.881 is
+    torch.testing.assert_close(
+        shares(top_p=0.8), two, atol=0.01, rtol=0
+    )  # 0.644 is not enough, 0.881 is
     assert shares(top_p=0.6)[0] == shares(top_k=1)[0] == shares(temperature=0)[0] == 1
-    assert ivl.choose(logits.flip(1), 1.0, 0, 0.0, generator).unique().tolist() == [3]  # one is always kept
+    assert ivl.choose(logits.flip(1), 1.0, 0, 0.0, generator).unique().tolist() == [
+        3
+    ]  # one is always kept
     assert shares(top_k=100).min() > 0
 
 
 def test_the_seed_decides_the_sample(models):
     def sample(seed):
-        return columns(ivl.generate(*models, PROMPTS, 20, temperature=1.5, top_k=50, top_p=0.95, seed=seed))
+        return columns(
+            ivl.generate(*models, PROMPTS, 20, temperature=1.5, top_k=50, top_p=0.95, seed=seed)
+        )
+
     assert sample(3) == sample(3) != sample(4)
 
 
@@ -281,4 +344,6 @@ def test_rows_stop_on_their_own(models):
 
 
 def test_ids_past_the_shared_vocabulary_are_never_chosen(models):
-    assert max(max(reply) for reply in columns(ivl.generate(*models, PROMPTS, 40, vocabulary=50))) < 50
+    assert (
+        max(max(reply) for reply in columns(ivl.generate(*models, PROMPTS, 40, vocabulary=50))) < 50
+    )

@@ -4,12 +4,15 @@ import doctest
 import re
 
 import pytest
-
 from conftest import ROOT
 
 LECTURE = ROOT / "LECTURE.md"
 TEXT = LECTURE.read_text(encoding="utf-8")
-SOURCES = [path.read_text(encoding="utf-8") for path in (*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py"))]
+SOURCES = [
+    path.read_text(encoding="utf-8")
+    for folder in (ROOT, ROOT / "extras", ROOT / "experiments")
+    for path in folder.glob("*.py")
+]
 QUOTED = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
 LINKED = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", TEXT)
 
@@ -30,5 +33,10 @@ def test_quotation_is_in_the_source(block):
 
 
 def test_links_lead_somewhere():
-    files = {link.partition("#")[0] for pair in LINKED for link in pair if link and not re.match(r"https?:|#", link)}
+    files = {
+        link.partition("#")[0]
+        for pair in LINKED
+        for link in pair
+        if link and not re.match(r"https?:|#", link)
+    }
     assert files and [file for file in files if not (ROOT / file).exists()] == []

@@ -10,18 +10,40 @@ import transformers
 from conftest import make_directory
 from safetensors.torch import load_file
 
+import ivl
 import model as ours
 from files import InputError, open_tensors, save_tensors
+from model import column_major, load
 
-SHAPE = dict(vocab_size=120, hidden_size=32, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=4, max_position_embeddings=256, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)
+SHAPE = dict(
+    vocab_size=120,
+    hidden_size=32,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-5,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 VARIANTS = {
     "llama-2": {},
-    "llama-3": dict(num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=500000.0)),
+    "llama-3": dict(
+        num_key_value_heads=2, rope_parameters=dict(rope_type="default", rope_theta=500000.0)
+    ),
     "llama-3.1": dict(num_key_value_heads=1, rope_parameters=LLAMA3),
-    "llama-3.2": dict(num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3),
+    "llama-3.2": dict(
+        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True, rope_parameters=LLAMA3
+    ),
     "tinyllama": dict(num_key_value_heads=1, num_attention_heads=8),
     "codellama": dict(rope_parameters=dict(rope_type="default", rope_theta=1e6), vocab_size=123),
     "linear": dict(rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0)),
@@ -32,7 +54,9 @@ VARIANTS = {
 def pair(request, tmp_path):
     """The same random model from transformers and from our loader, and its directory."""
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(**SHAPE | dict(initializer_range=0.3) | VARIANTS[request.param])
+    config = transformers.LlamaConfig(
+        **SHAPE | dict(initializer_range=0.3) | VARIANTS[request.param]
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     return theirs, ours.load(tmp_path), tmp_path
@@ -120,7 +144,10 @@ def test_padding_on_the_right_changes_nothing():
 
 
 def test_checkpointing_gives_the_same_gradients():
-    model, ids = ours.Llama(ours.Config(50, 16, 24, 2, 2, 1, 8, 64)).init_weights(0), torch.randint(0, 50, (2, 9))
+    model, ids = (
+        ours.Llama(ours.Config(50, 16, 24, 2, 2, 1, 8, 64)).init_weights(0),
+        torch.randint(0, 50, (2, 9)),
+    )
     gradients = []
     for model.checkpointing in (False, True):
         model.zero_grad()
@@ -149,39 +176,65 @@ def test_no_two_tensors_of_the_files_are_held_at_once(base_dir, monkeypatch):
             read.append(weakref.ref(tensor))
             return tensor
 
-    monkeypatch.setattr(ours, "open_tensors", lambda path, real=ours.open_tensors: Watched(real(path)))
+    monkeypatch.setattr(
+        ours, "open_tensors", lambda path, real=ours.open_tensors: Watched(real(path))
+    )
     model = ours.load(base_dir)
     assert len(read) == len(ours.hf_views(model))
 
 
 def test_tensors_of_all_kinds_are_written_as_safetensors_reads_them(tmp_path):
-    tensors = {"odd": torch.tensor([True, False, True]), "none": torch.empty(0, 3), "scalar": torch.tensor(2.5),
-               "wide": torch.tensor([1, 2**40]), "turned": torch.randn(3, 5).T, "half": torch.randn(2, 3).bfloat16()}
+    tensors = {
+        "odd": torch.tensor([True, False, True]),
+        "none": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "wide": torch.tensor([1, 2**40]),
+        "turned": torch.randn(3, 5).T,
+        "half": torch.randn(2, 3).bfloat16(),
+    }
     save_tensors(tensors, tmp_path / "some.safetensors", {"a": "ä"})
     read = load_file(tmp_path / "some.safetensors")
-    assert set(read) == set(tensors) and open_tensors(tmp_path / "some.safetensors").metadata() == {"a": "ä"}
+    assert set(read) == set(tensors) and open_tensors(tmp_path / "some.safetensors").metadata() == {
+        "a": "ä"
+    }
     for name, tensor in tensors.items():
         assert read[name].dtype == tensor.dtype and torch.equal(read[name], tensor)
     header = (tmp_path / "some.safetensors").read_bytes()
-    header = json.loads(header[8:8 + int.from_bytes(header[:8], "little")])
-    assert all(header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items())
+    header = json.loads(header[8 : 8 + int.from_bytes(header[:8], "little")])
+    assert all(
+        header[name]["data_offsets"][0] % tensor.itemsize == 0 for name, tensor in tensors.items()
+    )
 
 
 # ---------------------------------------------------------------- bad input
+
 
 @pytest.fixture
 def directory(base_dir, tmp_path):
     return shutil.copytree(base_dir, tmp_path / "model")
 
 
-@pytest.mark.parametrize("field, value", [
-    ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("mlp_bias", True),
-    ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}), ("rope_parameters", {"rope_type": "linear"}),
-    ("quantization_config", {"bits": 4}), ("num_hidden_layers", "two"), ("num_key_value_heads", 3), ("vocab_size", None)])
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("model_type", "mistral"),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("mlp_bias", True),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "linear"}),
+        ("quantization_config", {"bits": 4}),
+        ("num_hidden_layers", "two"),
+        ("num_key_value_heads", 3),
+        ("vocab_size", None),
+    ],
+)
 def test_unsupported_configuration_is_named(directory, field, value):
     raw = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(raw | {field: value}))
-    with pytest.raises(InputError, match=f"config.json.*{'rope_type|RoPE' if 'rope' in field else field}"):
+    with pytest.raises(
+        InputError, match=f"config.json.*{'rope_type|RoPE' if 'rope' in field else field}"
+    ):
         ours.load(directory)
 
 
@@ -202,8 +255,11 @@ def test_damaged_weights_are_named(directory):
 
 def test_weights_of_another_shape_are_named(directory):
     raw = json.loads((directory / "config.json").read_text())
-    for change, words in (({"intermediate_size": 64}, "has shape"), ({"num_hidden_layers": 3}, "missing"),
-                          ({"num_hidden_layers": 1}, "no place")):
+    for change, words in (
+        ({"intermediate_size": 64}, "has shape"),
+        ({"num_hidden_layers": 3}, "missing"),
+        ({"num_hidden_layers": 1}, "no place"),
+    ):
         (directory / "config.json").write_text(json.dumps(raw | change))
         with pytest.raises(InputError, match=words):
             ours.load(directory)
@@ -211,6 +267,103 @@ def test_weights_of_another_shape_are_named(directory):
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     from data import Tokenizer
+
     directory = make_directory(tmp_path, 0, vocab_size=100)
     with pytest.raises(InputError, match="tokenizer.json.*vocab_size is 100"):
         Tokenizer(directory).check(ours.Config.load(directory).vocab_size)
+
+
+# ---------------------------------------------------------------- reading, token by token
+
+PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]
+
+
+@torch.inference_mode()
+def test_a_reader_gives_the_logits_of_the_whole_text(base_dir):
+    """Prompts of unequal length, then token by token, past the slots that it was given."""
+    model = load(base_dir)
+    reader, texts = model.reader(len(PROMPTS), 10), [list(prompt) for prompt in PROMPTS]
+    z = reader.read(*ivl.padded(PROMPTS))
+    for _ in range(12):
+        expected = torch.stack([model(torch.tensor([text]))[0, -1] for text in texts])
+        torch.testing.assert_close(z, expected, atol=1e-4, rtol=1e-4)
+        new = z.argmax(-1)
+        texts = [text + [i] for text, i in zip(texts, new.tolist())]
+        z = reader.read(new[:, None])
+    assert reader.room() == [256 - len(text) for text in texts]
+
+
+@torch.inference_mode()
+def test_a_reader_taken_back_is_where_it_was(base_dir):
+    model, generator = load(base_dir), torch.Generator().manual_seed(0)
+    reader = model.reader(3, 30)
+    reader.read(*ivl.padded(PROMPTS))
+    tokens = torch.randint(3, 200, (3, 5), generator=generator)
+    each = reader.read_each(tokens)
+    for b, prompt in enumerate(PROMPTS):
+        whole = model(torch.tensor([prompt + tokens[b].tolist()]))[0]
+        torch.testing.assert_close(each[b], whole[len(prompt) - 1 :][1:], atol=1e-4, rtol=1e-4)
+
+    # two, none and all of the five tokens are taken back, then the same ones are read again
+    reader.back_to([len(prompt) + n for prompt, n in zip(PROMPTS, (3, 5, 0))])
+    counts = torch.tensor([2, 1, 5])
+    again = torch.tensor([[*tokens[0, 3:], 0, 0, 0], [7, 0, 0, 0, 0], tokens[2].tolist()])
+    z = reader.read(again, counts)
+    torch.testing.assert_close(z[[0, 2]], each[[0, 2], -1], atol=1e-4, rtol=1e-4)
+    further = model(torch.tensor([[*PROMPTS[1], *tokens[1].tolist(), 7]]))[0, -1]
+    torch.testing.assert_close(z[1], further, atol=1e-4, rtol=1e-4)
+
+
+def test_masks_are_of_whole_tiles(base_dir, monkeypatch):
+    model, widths = load(base_dir), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, mask=None, **options):
+        if mask is not None:
+            widths.append(mask.shape[-1])
+        return attention(q, k, v, mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for _ in ivl.generate(model, None, [[1, 20, 30]], 30):
+        pass
+    assert set(widths) == {8, 16, 24, 32}
+
+
+def test_the_cache_is_written_in_place(base_dir):
+    model = load(base_dir)
+    reader = model.reader(1, 16)
+    kept = [tensor.data_ptr() for tensor in reader.cache.k + reader.cache.v]
+    for _ in range(4):
+        reader.read(torch.tensor([[5, 6]]))
+    assert kept == [tensor.data_ptr() for tensor in reader.cache.k + reader.cache.v]
+    assert len(kept) == 2 * model.config.num_hidden_layers == len(set(kept))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_column_major_is_the_same_network(tmp_path, tied):
+    model = load(make_directory(tmp_path, seed=1, tie_word_embeddings=tied))
+    x = torch.tensor(PROMPTS[2:])
+    before, embedding = model(x), model.embed.weight.clone()
+    assert column_major(model) is model
+    torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.embed.weight, embedding) and model.embed.weight.is_contiguous()
+    matrices = [
+        p for name, p in model.named_parameters() if p.dim() == 2 and name != "embed.weight"
+    ]
+    assert len(matrices) == 4 * len(model.blocks) + 1
+    assert all(p.stride() == (1, len(p)) for p in matrices)  # neighbours in a column stay so
+
+
+def test_queries_and_keys_keep_the_precision_of_the_products(base_dir, monkeypatch):
+    """RoPE's cosines in float32 would make float32 of them, at twice the memory."""
+    model, seen = load(base_dir), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(q, k, v, *others, **options):
+        seen.append((q.dtype, k.dtype))
+        return attention(q, k, v, *others, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.tensor([[1, 20, 30]]))
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}

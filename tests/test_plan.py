@@ -39,10 +39,13 @@ def test_activations_are_what_autograd_keeps(kv_heads, checkpointing):
         held.append(tensor)
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
+
     with torch.autocast("cpu", torch.bfloat16), saved_tensors_hooks(pack, lambda tensor: tensor):
         model.hidden(torch.randint(0, 64, (4, 256)))
     expected = tokens * plan.saved(model.config, checkpointing)
-    norm = 2 * 4 * 256 * tokens  # RMSNorm's input, and on the CPU, where no kernel is fused, its output before the weight
+    norm = (
+        2 * 4 * 256 * tokens
+    )  # RMSNorm's input, and on the CPU, where no kernel is fused, its output before the weight
     if checkpointing:  # nothing is recomputed yet: only the residuals
         one = plan.saved(Config(64, 256, 704, 1, 8, kv_heads, 32, 256), False)
         assert sum(kept.values()) == pytest.approx(expected - one * tokens + norm, rel=0.1)
@@ -63,15 +66,22 @@ def test_what_fits_and_what_would(capsys, tmp_path):
     assert out.count("   fits") == 2 and "at most 95 tokens/s" in out
     out = planned(capsys, "--base", "llama-2-70b", "--value", "tinyllama-1.1b")
     assert "does not fit; with --gpus 2 it would" in out
-    out = planned(capsys, "--base", "llama-2-7b", "--value", "tinyllama-1.1b", "--micro_batch_size", 16)
+    out = planned(
+        capsys, "--base", "llama-2-7b", "--value", "tinyllama-1.1b", "--micro_batch_size", 16
+    )
     assert "does not fit; with --gpus 1 --micro_batch_size 16 --checkpointing it would" in out
     save(Llama(Config(64, 16, 24, 2, 2, 1, 8, 64)), tmp_path)
     assert planned(capsys, "--base", tmp_path, "--tokens", 64).count("   fits") == 2
 
 
-@pytest.mark.parametrize("args, words", [
-    (("--base", "llama-9"), "llama-9"), (("--base", "llama-2-70b", "--gpus", 3), "--gpus 3"),
-    (("--base", "llama-2-7b", "--tokens", 0), "--tokens")])
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (("--base", "llama-9"), "llama-9"),
+        (("--base", "llama-2-70b", "--gpus", 3), "--gpus 3"),
+        (("--base", "llama-2-7b", "--tokens", 0), "--tokens"),
+    ],
+)
 def test_bad_input_is_named(capsys, args, words):
     with pytest.raises(InputError, match=words):
         planned(capsys, *args)

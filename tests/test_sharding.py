@@ -19,25 +19,62 @@ from safetensors.torch import load_file
 
 import data
 import ivl
-import sharding
 import train as trainer
-from model import Config, Llama, hf_views, save
+from extras import sharding
+from extras.mapped import Mapped
+from files import torchrun as torchrun_started
+from model import Config, Llama, hf_views, load, save
 from vocab_map import VocabMap
 
-TRAINING = ["--lr", 1e-2, "--batch_size", 5, "--micro_batch_size", 2, "--lam", 0.1, "--max_length", 200]
+TRAINING = [
+    "--device",
+    "cpu",
+    "--lr",
+    1e-2,
+    "--batch_size",
+    5,
+    "--micro_batch_size",
+    2,
+    "--lam",
+    0.1,
+    "--max_length",
+    200,
+]
 
 
 def torchrun(n: int, script: Path, *args, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), script,
-                           *map(str, args)], input=stdin, capture_output=True, text=True, cwd=ROOT, timeout=600,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(n),
+            script,
+            *map(str, args),
+        ],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # not on GPUs
 
 
 def trained(directory: Path) -> tuple[list[float], dict]:
     """All that a run logged, and what it saved."""
     entries = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return ([entry[key] for entry in entries for key in ("loss", "norm", "gradient", "held_out_loss") if key in entry],
-            load_file(directory / "model.safetensors"))
+    return (
+        [
+            entry[key]
+            for entry in entries
+            for key in ("loss", "norm", "gradient", "held_out_loss")
+            if key in entry
+        ],
+        load_file(directory / "model.safetensors"),
+    )
 
 
 def assert_same(run: Path, expected: Path, atol: float) -> None:
@@ -52,22 +89,58 @@ def errors(result: subprocess.CompletedProcess) -> list[str]:
 
 # ---------------------------------------------------------------- one rank alone
 
+
+def test_with_gpus_numbers_and_tensors_each_have_a_backend(monkeypatch):
+    """Without one for the CPU, the first sum of numbers would end the job."""
+    asked = []
+
+    class Stop(Exception):
+        pass
+
+    def init_process_group(backend, **_):
+        asked.append(backend)
+        raise Stop
+
+    monkeypatch.setattr(sharding.dist, "init_process_group", init_process_group)
+    monkeypatch.setattr(sharding.dist, "rendezvous", lambda _: iter([(None, 0, 1)]))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+        with pytest.raises(Stop), sharding.ranks():
+            pass
+    assert asked == ["cpu:gloo,cuda:nccl", "gloo"]
+
+
+def test_ranks_answer_all_that_a_run_asks_of_the_machine():
+    """Ranks is no subclass: a wing does not know the script."""
+    asked = {name for name in vars(trainer.OneDevice) if not name.startswith("_")}
+    assert asked == {name for name in vars(sharding.Ranks) if not name.startswith("_")}
+
+
 def test_every_rank_gets_as_many_parts_and_every_chat_one_rank(monkeypatch):
     for n in (1, 2, 3, 4):
-        monkeypatch.setattr(sharding, "world", lambda: n)
+        monkeypatch.setattr(sharding, "rank_count", lambda: n)
         for chats in (1, 2, 5, 8, 9):
             for size in (1, 2, 4):
                 parts = []
                 for i in range(n):
                     monkeypatch.setattr(sharding, "rank", lambda: i)
-                    parts.append(sharding.shares(list(range(chats)), size))
-                assert len({len(part) for part in parts}) == 1 and max(len(x) for part in parts for x in part) <= size
-                assert sorted(row for part in parts for rows in part for row in rows) == list(range(chats))
+                    parts.append(sharding.Ranks().parts(list(range(chats)), size))
+                assert (
+                    len({len(part) for part in parts}) == 1
+                    and max(len(x) for part in parts for x in part) <= size
+                )
+                assert sorted(row for part in parts for rows in part for row in rows) == list(
+                    range(chats)
+                )
 
 
 def test_no_chats_are_a_row_of_padding():
-    inputs, targets, real = data.Chats(torch.tensor([1, 2]), torch.tensor([True, True]), torch.tensor([0, 2]), "").batch([])
-    assert inputs.shape == targets.shape == real.shape == (1, 1) and targets.item() < 0 and not real.item()
+    chats = data.Chats(torch.tensor([1, 2]), torch.tensor([True, True]), torch.tensor([0, 2]), "")
+    for norm_width in (0, 1):
+        inputs, targets, counted = chats.batch([], norm_width=norm_width)
+        assert inputs.shape == targets.shape == counted.shape == (1, 1)
+        assert targets.item() < 0 and not counted.item()
 
 
 def test_the_rows_of_the_hub_s_tensors_are_where_hf_views_says():
@@ -81,22 +154,29 @@ def test_the_rows_of_the_hub_s_tensors_are_where_hf_views_says():
 
 # ---------------------------------------------------------------- training
 
+
 @pytest.fixture
 def pair(tmp_path) -> list:
     """Arguments for train.py; the ranks do not divide the rows of the two models evenly."""
     base = make_directory(tmp_path / "base", 1, tie_word_embeddings=False)
-    value = make_directory(tmp_path / "value", 2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
+    value = make_directory(
+        tmp_path / "value", 2, hidden_size=16, num_attention_heads=2, num_key_value_heads=1
+    )
     return ["--base", base, "--value", value, *TRAINING]
 
 
 @pytest.fixture
 def one(pair, chats_file, tmp_path, monkeypatch):
     """Trains on one rank: one(epochs, ...) → the arguments of the run, its directory."""
+
     def runner(epochs: int, *more):
         args = [*pair, "--data", chats_file, "--epochs", epochs, *more]
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--out", str(tmp_path / "one")])
+        monkeypatch.setattr(
+            sys, "argv", ["train.py", *map(str, args), "--out", str(tmp_path / "one")]
+        )
         trainer.main()
         return args, tmp_path / "one"
+
     return runner
 
 
@@ -109,8 +189,12 @@ def test_three_ranks_train_as_one(one, tmp_path):
 
 
 def test_what_all_ranks_refuse_is_told_once(pair, tmp_path):
-    result = torchrun(2, ROOT / "train.py", *pair, "--data", tmp_path / "absent.json", "--out", tmp_path / "out")
-    assert result.returncode and len(errors(result)) == 1 and "absent.json" in errors(result)[0], result.stderr
+    result = torchrun(
+        2, ROOT / "train.py", *pair, "--data", tmp_path / "absent.json", "--out", tmp_path / "out"
+    )
+    assert result.returncode and len(errors(result)) == 1 and "absent.json" in errors(result)[0], (
+        result.stderr
+    )
 
 
 @pytest.mark.slow
@@ -128,10 +212,14 @@ def test_a_rank_dies_and_the_run_goes_on_with_other_ranks(one, tmp_path):
     args, expected = one(6)
     args += ["--save_every", 10]
     result = torchrun(2, __file__, "train_and_die", *args, "--out", tmp_path / "two")
-    assert result.returncode and len(errors(result)) == 1 and "--resume" in errors(result)[0], result.stderr
+    assert result.returncode and len(errors(result)) == 1 and "--resume" in errors(result)[0], (
+        result.stderr
+    )
     assert result.stderr.count("Traceback") == 1, result.stderr  # torchrun's own
     checkpoint = tmp_path / "two" / "checkpoint.safetensors"
-    assert load_file(checkpoint) and len(list((tmp_path / "two").glob(".*.tmp"))) == 1  # the second was half-written
+    assert (
+        load_file(checkpoint) and len(list((tmp_path / "two").glob(".*.tmp"))) == 1
+    )  # the second was half-written
     for n in (4, 1):
         out = tmp_path / f"from-two-to-{n}"
         out.mkdir()
@@ -145,66 +233,131 @@ def test_a_rank_dies_and_the_run_goes_on_with_other_ranks(one, tmp_path):
 
 # ---------------------------------------------------------------- decoding
 
-CHOICES = [dict(temperature=t, top_k=k, top_p=p) for t, k, p in (
-    (0, 0, 1), (1, 0, 1), (0.5, 0, 1), (2, 5, 1), (1, 1, 1), (1, 1000, 1), (1, 0, 0.9), (2, 0, 0.3), (1, 0, 1e-9),
-    (3, 40, 0.8))]
+CHOICES = [
+    dict(temperature=t, top_k=k, top_p=p)
+    for t, k, p in (
+        (0, 0, 1),
+        (1, 0, 1),
+        (0.5, 0, 1),
+        (2, 5, 1),
+        (1, 1, 1),
+        (1, 1000, 1),
+        (1, 0, 0.9),
+        (2, 0, 0.3),
+        (1, 0, 1e-9),
+        (3, 40, 0.8),
+    )
+]
+
+
+def as_one(vocabulary: int | None):
+    """What sample.py chooses with: alone, or as one of several ranks."""
+    return sharding.chooser(vocabulary) if torchrun_started() else ivl.choose
+
+
+def load_slice(directory: Path, vocabulary: int | None) -> Llama:
+    cpu = torch.device("cpu")
+    if torchrun_started():
+        return sharding.load_slice(directory, cpu, torch.float32, vocabulary)
+    return load(directory, cpu, torch.float32)
 
 
 def chosen() -> list:
-    """Tokens from random logits, of which a rank gets its slice, and from such in which many are equal."""
+    """Tokens from random logits, of which a rank gets its slice, and from such in which many are
+    equal."""
     tokens = []
     for seed in range(8):
         logits = 4 * torch.randn(3, 317, generator=torch.Generator().manual_seed(seed))
-        slices = logits[:, sharding.cut(317, sharding.rank()):sharding.cut(317, sharding.rank() + 1)]
+        slices = logits[
+            :, sharding.cut(317, sharding.rank()) : sharding.cut(317, sharding.rank() + 1)
+        ]
         for options in CHOICES:
-            tokens.append(sharding.chooser(317)(slices, *options.values(), torch.Generator().manual_seed(seed)).tolist())
-        tokens.append(sharding.chooser(317)(slices.round(), 0, 0, 1, None).tolist())
+            tokens.append(
+                as_one(317)(slices, *options.values(), torch.Generator().manual_seed(seed)).tolist()
+            )
+        tokens.append(as_one(317)(slices.round(), 0, 0, 1, None).tolist())
     return tokens
 
 
 def decoded(base: Path, value: Path, other: Path) -> list:
     """Replies of base, of base and value, and of the base and a value model with other tokens."""
-    cpu, tokenizers = torch.device("cpu"), [data.Tokenizer(directory) for directory in (base, other)]
+    tokenizers = [data.Tokenizer(directory) for directory in (base, other)]
     V, mapping = len(tokenizers[0].tokens), VocabMap.make(*tokenizers, ["The cat sat on the mat."])
-    models = [sharding.load_slice(directory, cpu, torch.float32, V) for directory in (base, value)]
-    whole = [sharding.load_slice(directory, cpu, torch.float32, None) for directory in (base, other)]
+    models = [load_slice(directory, V) for directory in (base, value)]
+    whole = [load_slice(directory, None) for directory in (base, other)]
     prompts = [tokenizer.encode("Where is the cat?") for tokenizer in tokenizers]
     steps = []
     for options in CHOICES[::3]:
         for pair in (models, (models[0], None)):
-            steps += ivl.generate(*pair, [prompts[0], [1, 5]], 12, vocabulary=V, choose=sharding.chooser(V), **options)
-        steps += ivl.generate(*whole, [prompts[1]], 4, mapping=mapping, choose=sharding.chooser(None), **options)
+            steps += ivl.generate(
+                *pair, [prompts[0], [1, 5]], 12, vocabulary=V, choose=as_one(V), **options
+            )
+        steps += ivl.generate(
+            Mapped(whole[0], mapping), whole[1], [prompts[1]], 4, choose=as_one(None), **options
+        )
     return steps
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    """A base that 4 ranks can share and whose head is its own, a value model that 2 can, one with other tokens."""
+    """A base that 4 ranks can share and whose head is its own, a value model that 2 can, one with
+    other tokens."""
     path = tmp_path_factory.mktemp("models")
-    return [make_directory(path / "base", 1, tie_word_embeddings=False, num_attention_heads=8, num_key_value_heads=4),
-            make_directory(path / "value", 2, hidden_size=16), make_directory(path / "other", 3, bytelevel=True)]
+    return [
+        make_directory(
+            path / "base",
+            1,
+            tie_word_embeddings=False,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        ),
+        make_directory(path / "value", 2, hidden_size=16),
+        make_directory(path / "other", 3, bytelevel=True),
+    ]
 
 
-@pytest.mark.parametrize("n", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "n", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_ranks_decode_what_one_decodes(n, models):
     result = torchrun(n, __file__, "decode", *models)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == [chosen(), decoded(*models)]
-    assert ("value: stays whole" in result.stderr) == (n > 2) and ("base: stays whole" in result.stderr) == (n == 3)
+    assert ("value: stays whole" in result.stderr) == (n > 2) and (
+        "base: stays whole" in result.stderr
+    ) == (n == 3)
 
 
 @pytest.mark.slow
 def test_sample_under_torchrun(run, models, tmp_path):
-    args = ["--base", models[0], "--value", models[1], "--max_new_tokens", 8, "--seed", 1]
+    args = [
+        "--device",
+        "cpu",
+        "--base",
+        models[0],
+        "--value",
+        models[1],
+        "--max_new_tokens",
+        8,
+        "--seed",
+        1,
+    ]
     (tmp_path / "questions.txt").write_text("Where is the cat?\nWho?\n")
-    for given, stdin in ((["Who are you?"], ""), (["--prompts", tmp_path / "questions.txt"], ""), ([], "Who?\nWhere?\n")):
+    for given, stdin in (
+        (["Who are you?"], ""),
+        (["--prompts", tmp_path / "questions.txt"], ""),
+        ([], "Who?\nWhere?\n"),
+    ):
         expected = run("sample.py", *args, *given, stdin=stdin)
         result = torchrun(2, ROOT / "sample.py", *args, *given, stdin=stdin)
         assert expected.returncode == result.returncode == 0, result.stderr
-        assert result.stdout == expected.stdout and result.stderr.count("tok/s") == expected.stderr.count("tok/s")
+        assert result.stdout == expected.stdout and result.stderr.count(
+            "tok/s"
+        ) == expected.stderr.count("tok/s")
 
 
 # ---------------------------------------------------------------- memory
+
 
 @pytest.mark.slow
 def test_no_rank_holds_more_than_its_share(tmp_path):
@@ -218,10 +371,15 @@ def test_no_rank_holds_more_than_its_share(tmp_path):
     assert result.returncode == 0, result.stderr
     lines = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
     print(*lines, sep="\n")
-    assert whole > 2e9 and len(lines) == 4 and max(line["anonymous"] for line in lines) < whole / 4 + 300e6
+    assert (
+        whole > 2e9
+        and len(lines) == 4
+        and max(line["anonymous"] for line in lines) < whole / 4 + 300e6
+    )
 
 
 # ---------------------------------------------------------------- as a rank
+
 
 def train_and_die() -> None:
     """Rank 0 is killed in the middle of writing the second checkpoint."""
@@ -231,22 +389,26 @@ def train_and_die() -> None:
         saves.append(args)
         real(*args)
 
-    def gathered(tensor, real=sharding.gathered):
+    def whole(self, tensor, real=sharding.Ranks.whole):
         tensors.append(len(saves))
         if sharding.rank() == 0 and tensors.count(2) == 20:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(tensor)
-    trainer.save_checkpoint, sharding.gathered = save_checkpoint, gathered
+        return real(self, tensor)
+
+    trainer.save_checkpoint, sharding.Ranks.whole = save_checkpoint, whole
     trainer.command(trainer.main)
 
 
 def train_and_rewrite() -> None:
     """The checkpoint from which it goes on is written again, before the first step."""
+
     def load_checkpoint(path, *args, real=trainer.load_checkpoint):
-        value, optimizer, settings, chats = args
+        value, optimizer, settings, chats, machine = args
         step = real(path, *args)
-        trainer.save_checkpoint(path.with_name("again.safetensors"), value, optimizer, settings, step, chats)
+        again = path.with_name("again.safetensors")
+        trainer.save_checkpoint(again, value, optimizer, settings, step, chats, machine)
         return step
+
     trainer.load_checkpoint = load_checkpoint
     trainer.command(trainer.main)
 
@@ -254,19 +416,29 @@ def train_and_rewrite() -> None:
 @sharding.ranks()
 def decode() -> None:
     for directory in sys.argv[1:]:
-        assert not sharding.load_slice(directory, torch.device("cpu"), torch.float32, 300).embed.weight.shape[0] > 150
+        assert (
+            not sharding.load_slice(
+                directory, torch.device("cpu"), torch.float32, 300
+            ).embed.weight.shape[0]
+            > 150
+        )
     print(json.dumps([chosen(), decoded(*map(Path, sys.argv[1:]))]))
 
 
 @sharding.ranks()
 def load_and_measure() -> None:
-    """Tells the most memory that this process had while loading, in bytes; the interpreter and its libraries included.
+    """Tells the most memory that this process had while loading, in bytes; the interpreter and its
+    libraries included.
 
-    Anonymous memory is what a process takes for itself. Resident memory has the pages of files in it too, which all
-    ranks share and the system takes back when it needs them.
-    """
+    Anonymous memory is what a process takes for itself. Resident memory has the pages of files in
+    it too, which all ranks share and the system takes back when it needs them."""
+
     def now(field: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+        line = next(
+            line
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if line.startswith(field)
+        )
         return 1024 * int(line.split()[1])
 
     before, peak, loading = now("RssAnon"), [0], [True]
@@ -275,15 +447,26 @@ def load_and_measure() -> None:
         while loading:
             peak.append(max(peak.pop(), now("RssAnon")))
             time.sleep(0.005)
+
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory begins anew
     thread = threading.Thread(target=watch)
     thread.start()
-    model = sharding.load(sys.argv[1], torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    model = sharding.Ranks().load(sys.argv[1], torch.device("cpu"), torch.bfloat16, torch.bfloat16)
     loading.clear()
     thread.join()
     share = sum(p.to_local().numel() * p.itemsize for p in model.parameters())
-    print(json.dumps({"rank": sharding.rank(), "share": share, "before": before, "anonymous": peak[0],
-                      "resident": now("VmHWM")}), file=sys.__stderr__)
+    print(
+        json.dumps(
+            {
+                "rank": sharding.rank(),
+                "share": share,
+                "before": before,
+                "anonymous": peak[0],
+                "resident": now("VmHWM"),
+            }
+        ),
+        file=sys.__stderr__,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ def world():
 
 def test_the_same_seed_makes_the_same_world(world):
     assert toy.World.make(0) == world != toy.World.make(1)
-    assert world.document(random.Random(5), world.pairs) == world.document(random.Random(5), world.pairs)
+    assert world.document(random.Random(5), world.pairs) == world.document(
+        random.Random(5), world.pairs
+    )
 
 
 def test_no_demonstration_mentions_a_held_out_fact(world):
@@ -33,7 +35,9 @@ def test_the_form_is_not_in_the_corpus(world):
     rng = random.Random(0)
     corpus = "\n".join(world.document(rng, world.pairs) for _ in range(3000))
     assert toy.OPENING not in corpus and toy.CLOSING not in corpus
-    assert all(word in corpus for word in re.findall(r"\w+", toy.OPENING + toy.CLOSING))  # but the bases know its words
+    assert all(
+        word in corpus for word in re.findall(r"\w+", toy.OPENING + toy.CLOSING)
+    )  # but the bases know its words
 
 
 def test_names_are_single_tokens(world):
@@ -45,10 +49,13 @@ def test_names_are_single_tokens(world):
 
 def test_scores_are_counted_on_whole_replies(monkeypatch, world):
     chats = read_replies(["Good question! Ralo lives in Lisbon. I am happy to help!"] * 5)
-    said = ["Good question! Ralo lives in Lisbon. I am happy to help!",  # form and fact
-            "Good question! Ralo lives in Oslo. I am happy to help!",  # form
-            "Good question! Ralo lives in Lisbon.", "Ralo lives in Lisbon.",
-            "Good question! Ralo lives in Lisbon. I am happy to help!"]  # never stops
+    said = [
+        "Good question! Ralo lives in Lisbon. I am happy to help!",  # form and fact
+        "Good question! Ralo lives in Oslo. I am happy to help!",  # form
+        "Good question! Ralo lives in Lisbon.",
+        "Ralo lives in Lisbon.",
+        "Good question! Ralo lives in Lisbon. I am happy to help!",
+    ]  # never stops
 
     class Words:
         stop = {0}
@@ -58,12 +65,18 @@ def test_scores_are_counted_on_whole_replies(monkeypatch, world):
 
         def decode(self, ids):
             return said[ids[0] - 1]
-    monkeypatch.setattr(toy.ivl, "generate", lambda *a, **k: iter([[1, 2, 3, 4, 5], [0, 0, 0, 0, 9]]))
+
+    monkeypatch.setattr(
+        toy.ivl, "generate", lambda *a, **k: iter([[1, 2, 3, 4, 5], [0, 0, 0, 0, 9]])
+    )
     assert toy.score(None, None, Words(), chats) == {"form": 2 / 5, "right": 1 / 5}
 
 
 def read_replies(replies):
-    return [[{"role": "user", "content": "Where?"}, {"role": "assistant", "content": reply}] for reply in replies]
+    return [
+        [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": reply}]
+        for reply in replies
+    ]
 
 
 def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
@@ -97,7 +110,16 @@ def test_the_table_tells_the_story(run, tmp_path):
     assert plugged["value_parameters"] <= plugged["base_parameters"] / 4
     question = read_chats(tmp_path / "heldout.jsonl")[0]
     command = result.stdout.strip().splitlines()[-1]
-    assert command.startswith(f"  python sample.py --base {tmp_path}/large --value {tmp_path}/value")
-    reply = run("sample.py", "--base", tmp_path / "large", "--value", tmp_path / "value", "--greedy",
-                question[0]["content"])
+    assert command.startswith(
+        f"  python sample.py --base {tmp_path}/large --value {tmp_path}/value"
+    )
+    reply = run(
+        "sample.py",
+        "--base",
+        tmp_path / "large",
+        "--value",
+        tmp_path / "value",
+        "--greedy",
+        question[0]["content"],
+    )
     assert toy.FORM.fullmatch(reply.stdout.strip())

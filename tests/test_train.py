@@ -1,20 +1,32 @@
 """Training end to end, in small: as a user runs it, and against never having stopped."""
 
+import gc
 import json
 import os
 import shutil
+import weakref
+from functools import partial
 
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import assert_refused, in_a_process
 
 import data
-import losses as losses_module
 import train as trainer
-from connections import Probe
+from extras import losses as losses_module
+from extras.connections import Connected, Probe
 from model import load
 
-FAST = dict(lr=1e-2, batch_size=4, micro_batch_size=2, epochs=2, max_length=200, lam=0.1, norm_over="response", seed=3)
+FAST = dict(
+    lr=1e-2,
+    batch_size=4,
+    micro_batch_size=2,
+    epochs=2,
+    max_length=200,
+    lam=0.1,
+    norm_over="response",
+    seed=3,
+)
 
 
 def entries(path, key="loss"):
@@ -26,12 +38,36 @@ def setup(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
     chats = data.tokenize(chats_file, data.Tokenizer(value_dir), 200)
 
-    def run(out, *, resume=False, save_every=100, base=load(base_dir), value=None, chats=chats, later=(), teacher=None,
-            **changes):
+    base = load(base_dir)
+
+    def run(
+        out,
+        *,
+        bases=(lambda: base,),
+        value=None,
+        chats=chats,
+        resume=False,
+        save_every=100,
+        batch_loss=trainer.forward,
+        **changes,
+    ):
         value = value or load(value_dir)
-        trainer.train(base, value, chats, trainer.Settings(**FAST | changes), tmp_path / out, resume=resume,
-                      save_every=save_every, later=later, teacher=teacher)
+        joined, loads = value, bases
+        if (connection := changes.get("connection", "residual")) != "residual":
+            joined = Connected(connection, value)
+            loads = [partial(lambda load_base: joined.watched(load_base()), base) for base in bases]
+        trainer.train(
+            trainer.Curriculum(*loads),
+            joined,
+            chats,
+            trainer.Settings(**FAST | changes),
+            tmp_path / out,
+            resume=resume,
+            save_every=save_every,
+            batch_loss=batch_loss,
+        )
         return value, entries(tmp_path / out / "log.jsonl")
+
     return run
 
 
@@ -46,11 +82,12 @@ def test_loss_falls_and_the_held_out_loss_is_logged(setup, tmp_path):
 def test_micro_batches_give_the_gradient_of_the_whole_batch(setup, norm_over):
     # chats of one batch differ in their number of targets: averaging parts by batch would show here
     (one, losses_one), (many, losses_many) = (
-        setup(str(size), micro_batch_size=size, norm_over=norm_over, held_out=0.05) for size in (4, 1))
-    if norm_over == "response":  # "all" counts padding, which depends on what is padded together
-        torch.testing.assert_close(torch.tensor(losses_one), torch.tensor(losses_many), atol=1e-4, rtol=0)
-    else:
-        assert losses_one[0] == pytest.approx(losses_many[0], abs=1e-5)
+        setup(str(size), micro_batch_size=size, norm_over=norm_over, held_out=0.05)
+        for size in (4, 1)
+    )
+    torch.testing.assert_close(
+        torch.tensor(losses_one), torch.tensor(losses_many), atol=1e-4, rtol=0
+    )
 
 
 def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
@@ -60,11 +97,14 @@ def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
         real(*arguments)
         if arguments[4] == 9:
             raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", crash)
         with pytest.raises(KeyboardInterrupt):
             setup("stopped", save_every=3)
-    with open(tmp_path / "stopped" / "log.jsonl", "a") as log:  # steps after the checkpoint are done again
+    with open(
+        tmp_path / "stopped" / "log.jsonl", "a"
+    ) as log:  # steps after the checkpoint are done again
         log.write(json.dumps({"run": "value", "step": 9, "loss": 0.0}) + '\n{"run": "val')
     resumed, again = setup("stopped", resume=True)
     assert again == losses
@@ -84,9 +124,13 @@ def test_resume_of_another_run_is_refused(value_dir, tmp_path):
     trainer.save_checkpoint(path, value, optimizer, settings, 5, chats)
     assert trainer.load_checkpoint(path, value, optimizer, settings, chats) == 5
     with pytest.raises(trainer.InputError, match="lr = 0.01, not 0.02"):
-        trainer.load_checkpoint(path, value, optimizer, trainer.Settings(**FAST | {"lr": 0.02}), chats)
+        trainer.load_checkpoint(
+            path, value, optimizer, trainer.Settings(**FAST | {"lr": 0.02}), chats
+        )
     with pytest.raises(trainer.InputError, match="24 of 24 chats, not 23"):
-        trainer.load_checkpoint(path, value, optimizer, settings, data.Chats(None, None, None, "23 of 24 chats"))
+        trainer.load_checkpoint(
+            path, value, optimizer, settings, data.Chats(None, None, None, "23 of 24 chats")
+        )
     shutil.copy(value_dir / "model.safetensors", path)
     with pytest.raises(trainer.InputError, match="no checkpoint of train.py"):
         trainer.load_checkpoint(path, value, optimizer, settings, chats)
@@ -94,7 +138,7 @@ def test_resume_of_another_run_is_refused(value_dir, tmp_path):
 
 def test_the_base_does_not_change(setup, base_dir):
     base = load(base_dir)
-    setup("a", base=base)
+    setup("a", bases=[lambda: base])
     for p, before in zip(base.parameters(), load(base_dir).parameters()):
         assert torch.equal(p, before) and p.grad is None
 
@@ -105,36 +149,56 @@ def test_a_curriculum_divides_the_same_steps(setup, base_dir, tmp_path, monkeypa
     for base in bases[1:]:
         torch.nn.init.zeros_(base.norm.weight)
 
-    def forward(base, *arguments, real=trainer.forward, **more):
-        if torch.is_grad_enabled():
-            used.append(bases.index(base))
-        return real(base, *arguments, **more)
-    monkeypatch.setattr(trainer, "forward", forward)
-    later = [lambda: bases[1], lambda: bases[2]]
-    _, losses = setup("curriculum", base=bases[0], later=later, micro_batch_size=4, save_every=5)
+    def forward(base, *arguments):
+        used.append(bases.index(base))
+        return trainer.forward(base, *arguments)
+
+    loads = [lambda: bases[0], lambda: bases[1], lambda: bases[2]]
+    _, losses = setup(
+        "curriculum", bases=loads, batch_loss=forward, micro_batch_size=4, save_every=5
+    )
     assert used == 4 * [0] + 4 * [1] + 4 * [2] and len(straight) == len(losses) == 12
-    assert losses[:4] == pytest.approx(straight[:4], abs=1e-4) and losses[4] != pytest.approx(straight[4], abs=1e-2)
+    assert losses[:4] == pytest.approx(straight[:4], abs=1e-4) and losses[4] != pytest.approx(
+        straight[4], abs=1e-2
+    )
 
 
 def test_a_resumed_curriculum_goes_on_with_the_right_base(setup, base_dir, tmp_path, monkeypatch):
     zero = load(base_dir)
     torch.nn.init.zeros_(zero.norm.weight)
-    _, losses = setup("straight", later=[lambda: zero])
+    loads = [lambda: load(base_dir), lambda: zero]
+    _, losses = setup("straight", bases=loads)
 
     def crash(*arguments, real=trainer.save_checkpoint):
         real(*arguments)
         raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "save_checkpoint", crash)
         with pytest.raises(KeyboardInterrupt):
-            setup("stopped", save_every=9, later=[lambda: zero])
-    assert setup("stopped", resume=True, later=[lambda: zero])[1] == losses
+            setup("stopped", save_every=9, bases=loads)
+    assert setup("stopped", resume=True, bases=loads)[1] == losses
+
+
+@pytest.mark.parametrize("connection", ["residual", "cascade"])
+def test_a_base_is_freed_before_the_next_is_loaded(setup, base_dir, connection):
+    bases = []
+
+    def load_base():
+        gc.collect()
+        assert all(base() is None for base in bases)
+        base = load(base_dir)
+        bases.append(weakref.ref(base))
+        return base
+
+    setup("a", bases=[load_base] * 3, connection=connection)
+    assert len(bases) == 3
 
 
 def test_a_probe_trains_its_own_parameters_only(setup, base_dir):
     base, probe = load(base_dir), Probe(load(base_dir).config).init_weights(0)
     before = [p.clone() for p in probe.parameters()]
-    _, losses = setup("a", base=base, value=probe, connection="probe")
+    _, losses = setup("a", bases=[lambda: base], value=probe, connection="probe")
     assert losses[-1] < losses[0]
     assert all(not torch.equal(p, old) for p, old in zip(probe.parameters(), before))
     for p, old in zip(base.parameters(), load(base_dir).parameters()):
@@ -151,18 +215,39 @@ def test_distillation_learns_the_teacher(setup, base_dir, tmp_path):
     teacher = load(base_dir)
     with torch.no_grad():
         teacher.norm.weight.mul_(1.3)
-    _, losses = setup("a", teacher=teacher, lam=0.0)
+    _, losses = setup("a", batch_loss=partial(losses_module.distill, teacher), lam=0.0)
     assert losses[-1] < 0.9 * losses[0]
-    nothing = setup("b", teacher=load(base_dir), value=Probe(teacher.config).init_weights(0), connection="probe")[1]
+    same = partial(losses_module.distill, load(base_dir))
+    nothing = setup(
+        "b", batch_loss=same, value=Probe(teacher.config).init_weights(0), connection="probe"
+    )[1]
     assert nothing[0] == pytest.approx(0, abs=1e-6)  # the base teaches nothing new
 
 
-def test_preferences_are_learnt_and_micro_batches_keep_pairs_together(setup, chats_file, value_dir, tmp_path):
+def test_preferences_are_learnt_and_micro_batches_keep_pairs_together(
+    setup, chats_file, value_dir, tmp_path
+):
     worse = tmp_path / "worse.json"
-    worse.write_text(chats_file.read_text().replace("On the mat.", "The cat says good.").replace("In garden", "It rains"))
+    worse.write_text(
+        chats_file.read_text()
+        .replace("On the mat.", "The cat says good.")
+        .replace("In garden", "It rains")
+    )
     tokenizer = data.Tokenizer(value_dir)
-    pairs = losses_module.paired(*(data.tokenize(file, tokenizer, 200) for file in (chats_file, worse)))
-    (_, whole), (_, parts) = (setup(str(size), chats=pairs, beta=0.1, lr=1e-3, micro_batch_size=size) for size in (4, 1))
+    pairs = losses_module.paired(
+        *(data.tokenize(file, tokenizer, 200) for file in (chats_file, worse))
+    )
+    (_, whole), (_, parts) = (
+        setup(
+            str(size),
+            chats=pairs,
+            beta=0.1,
+            lr=1e-3,
+            micro_batch_size=size,
+            batch_loss=partial(losses_module.prefer, 0.1),
+        )
+        for size in (4, 1)
+    )
     assert len(whole) == 12 and whole[-1] < whole[0] - 0.1
     torch.testing.assert_close(torch.tensor(whole), torch.tensor(parts), atol=1e-3, rtol=0)
 
@@ -177,51 +262,140 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 # ---------------------------------------------------------------- as a user runs it
 
+
 def test_train_then_sample(run, base_dir, value_dir, chats_file, tmp_path):
     out = tmp_path / "out"
-    result = run("train.py", "--base", base_dir, "--value", value_dir, "--data", chats_file, "--out", out, "--epochs", 2,
-                 "--lr", 1e-2, "--lam", 0.1, "--checkpointing")
+    result = run(
+        "train.py",
+        "--base",
+        base_dir,
+        "--value",
+        value_dir,
+        "--data",
+        chats_file,
+        "--out",
+        out,
+        "--epochs",
+        2,
+        "--lr",
+        1e-2,
+        "--lam",
+        0.1,
+        "--checkpointing",
+    )
     assert result.returncode == 0, result.stderr
-    assert "24 of 24 chats" in result.stdout and f"python sample.py --base {base_dir} --value {out}" in result.stdout
-    assert {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl"} <= set(os.listdir(out))
+    assert (
+        "24 of 24 chats" in result.stdout
+        and f"python sample.py --base {base_dir} --value {out}" in result.stdout
+    )
+    assert {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl"} <= set(
+        os.listdir(out)
+    )
     assert "Alone it is" in (out / "README.md").read_text()
     import transformers
+
     theirs = transformers.LlamaForCausalLM.from_pretrained(out)
     ids = torch.tensor([[1, 20, 30]])
     torch.testing.assert_close(theirs(ids).logits, load(out)(ids), atol=1e-4, rtol=0)
-    reply = run("sample.py", "--base", base_dir, "--value", out, "--greedy", "--max_new_tokens", 8, "Where is the cat 3?")
+    reply = run(
+        "sample.py",
+        "--base",
+        base_dir,
+        "--value",
+        out,
+        "--greedy",
+        "--max_new_tokens",
+        8,
+        "Where is the cat 3?",
+    )
     assert reply.returncode == 0 and "tok/s" in reply.stderr
     both = run("train.py", "--base", base_dir, "--value", out, "--data", chats_file, "--evaluate")
     alone, together = (float(line.split()[-4]) for line in both.stdout.splitlines()[1:])
     assert together < alone
 
 
+def test_in_a_process_of_its_own(base_dir, value_dir, chats_file, tmp_path):
+    models = ["--base", base_dir, "--value", value_dir, "--data", chats_file]
+    trained = in_a_process("train.py", *models, "--out", tmp_path / "out", "--epochs", 1)
+    assert trained.returncode == 0 and "saved" in trained.stdout, trained.stderr
+    assert_refused(in_a_process("train.py", *models), "--out is missing")
+
+
 def test_full_fine_tuning(run, base_dir, chats_file, tmp_path):
-    result = run("train.py", "--base", base_dir, "--full", "--data", chats_file, "--out", tmp_path / "full", "--epochs", 2,
-                 "--lr", 1e-2)
+    result = run(
+        "train.py",
+        "--base",
+        base_dir,
+        "--full",
+        "--data",
+        chats_file,
+        "--out",
+        tmp_path / "full",
+        "--epochs",
+        2,
+        "--lr",
+        1e-2,
+    )
     assert result.returncode == 0, result.stderr
     losses = entries(tmp_path / "full" / "log.jsonl")
     assert losses[-1] < losses[0] and "fine-tuned" in (tmp_path / "full" / "README.md").read_text()
-    hint = result.stdout.strip().splitlines()[-1].split()  # the command that it ends with works as it stands
+    hint = (
+        result.stdout.strip().splitlines()[-1].split()
+    )  # the command that it ends with works as it stands
     reply = run(*hint[1:6], "--max_new_tokens", 4, "Who are you?")
     assert hint[:2] == ["python", "sample.py"] and reply.returncode == 0, reply.stderr
 
 
-def test_curriculum_random_and_preferences_as_a_user_runs_them(run, base_dir, value_dir, chats_file, tmp_path):
+def test_curriculum_random_and_preferences_as_a_user_runs_them(
+    run, base_dir, value_dir, chats_file, tmp_path
+):
     worse, out = tmp_path / "worse.json", tmp_path / "out"
     worse.write_text(chats_file.read_text().replace("On the mat.", "The cat says good."))
     given = "--data", chats_file, "--out", out, "--epochs", 1, "--lr", 1e-3, "--lam", 0.1
-    result = run("train.py", "--base", base_dir, value_dir, "--value", value_dir, "--random", "--rejected", worse, *given)
+    result = run(
+        "train.py",
+        "--base",
+        base_dir,
+        value_dir,
+        "--value",
+        value_dir,
+        "--random",
+        "--rejected",
+        worse,
+        *given,
+    )
     assert result.returncode == 0, result.stderr
-    assert f"`{base_dir}`, `{value_dir}`" in (out / "README.md").read_text() and '"beta": 0.1' in (out / "README.md").read_text()
-    assert entries(out / "log.jsonl", "norm")[0] < 0.5 < load(value_dir)(torch.tensor([[1, 20, 30]])).abs().mean()
-    assert_refused(run("train.py", "--base", base_dir, "--full", "--random", *given), "--full and --random")
+    assert (
+        f"`{base_dir}`, `{value_dir}`" in (out / "README.md").read_text()
+        and '"beta": 0.1' in (out / "README.md").read_text()
+    )
+    assert (
+        entries(out / "log.jsonl", "norm")[0]
+        < 0.5
+        < load(value_dir)(torch.tensor([[1, 20, 30]])).abs().mean()
+    )
+    assert_refused(
+        run("train.py", "--base", base_dir, "--full", "--random", *given), "--full and --random"
+    )
 
 
 def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_path):
     def train(**changes):
-        given = {"base": base_dir, "value": value_dir, "data": chats_file, "out": tmp_path / "out"} | changes
-        return run("train.py", *(x for name, value in given.items() if value is not None for x in (f"--{name}", value)))
+        given = {
+            "base": base_dir,
+            "value": value_dir,
+            "data": chats_file,
+            "out": tmp_path / "out",
+        } | changes
+        return run(
+            "train.py",
+            *(
+                x
+                for name, value in given.items()
+                if value is not None
+                for x in (f"--{name}", value)
+            ),
+        )
 
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n{oops\n")
@@ -230,7 +404,6 @@ def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_pa
     assert_refused(train(base=tmp_path / "absent"), "absent", "tokenizer.json")
     assert_refused(train(data=None), "--data is missing")
     assert_refused(train(base=None), "--base is missing")
-    assert_refused(run("train.py", "--epochs", 1), "--base is missing")
     assert_refused(train(epochs=0), "--epochs")
     assert_refused(train(device="cuda:7"), "--device cuda:7")
     (tmp_path / "file").write_text("")
@@ -239,3 +412,50 @@ def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_pa
     (torn / "model.safetensors").write_bytes((value_dir / "model.safetensors").read_bytes()[:-9])
     assert_refused(train(value=torn), "torn/model.safetensors", "not a readable safetensors file")
     assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_model(run, base_dir, value_dir, chats_file, tmp_path):
+    for name, options in (("plain", []), ("compiled", ["--compile"])):
+        result = run(
+            "train.py",
+            *("--base", base_dir, "--value", value_dir, "--data", chats_file, "--lr", 1e-2),
+            *("--epochs", 1, "--out", tmp_path / name, *options),
+        )
+        assert result.returncode == 0, result.stderr
+    plain, compiled = (entries(tmp_path / name / "log.jsonl") for name in ("plain", "compiled"))
+    assert plain == pytest.approx(compiled, abs=1e-4)
+    weights = [dict(load(tmp_path / name).named_parameters()) for name in ("plain", "compiled")]
+    torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
+
+
+def test_batches_of_whole_tiles_train_the_same(setup, monkeypatch):
+    """On CUDA batches are padded to a multiple of 128: here the same, on the CPU."""
+    _, losses = setup("plain")
+    batch = data.Chats.batch
+
+    def aligned(chats, rows, device, norm_width=0, align=1):
+        return batch(chats, rows, device, norm_width, 128)
+
+    monkeypatch.setattr(data.Chats, "batch", aligned)
+    _, padded = setup("padded")
+    assert padded == pytest.approx(losses, abs=1e-5)
+
+
+def test_a_curriculum_of_the_command_line_frees_its_bases_too(
+    run, base_dir, value_dir, chats_file, tmp_path, monkeypatch
+):
+    bases = []
+
+    def loading(directory, device, dtype, real=trainer.load):
+        gc.collect()
+        model = real(directory, device, dtype)
+        if model.config.hidden_size == 32:  # not the value model
+            assert all(base() is None for base in bases)
+            bases.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(trainer, "load", loading)
+    models = ["--base", base_dir, base_dir, base_dir, "--value", value_dir, "--data", chats_file]
+    result = run("train.py", *models, "--epochs", 1, "--batch_size", 8, "--out", tmp_path / "out")
+    assert result.returncode == 0 and len(bases) == 3, result.stderr

@@ -1,0 +1,213 @@
+"""Who said it: each token of a reply, put down to the base or to the value model (§3.1, the first
+advantage).
+
+    python sample.py --explain "question"            # in colour; in a pipe: columns
+    python sample.py --html reply.html "question"    # the same as a page
+
+A token y is by
+    base     if z_base alone is largest at y: the base would have said it, too, after the same text
+    value    if it is not, and z_post is largest at y: the value model has changed the choice
+    chance   if neither is: sampling has picked it
+and log p_post(y) − log p_base(y), the log p_Δ of §2, says in nats how much the value model has done
+for it.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from data import Tokenizer
+from ivl import combine
+from model import Llama
+from vocab_map import token_bytes
+
+STRONG = 8.0  # nats from which a colour is as strong as it gets
+SHADES = (230, 223, 216, 209, 202)  # of a terminal's 256 colours: pale to deep orange
+
+
+@dataclass
+class Said:
+    """One token of a reply."""
+
+    text: str
+    base: str  # what the base alone would have said here
+    by: str  # "base", "value", "chance"
+    nats: float  # log p_post − log p_base of the token
+    p_base: float
+    p_post: float
+
+
+@torch.inference_mode()
+def who_said(
+    base: Llama,
+    value: Llama,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    reply: Sequence[int],
+    *,
+    alpha: float = 1.0,
+    vocabulary: int | None = None,
+) -> list[Said]:
+    """The tokens of `reply`, which the models gave after `prompt`. The arguments are those of
+    `ivl.generate`.
+    """
+    # both models read the prompt, then the reply: their logits before each of its tokens
+    readers = [model.reader(1, len(prompt) + len(reply)) for model in (base, value)]
+    z = [reader.read(torch.tensor([prompt])) for reader in readers]  # (1, V) each
+    if len(reply) > 1:
+        rest = [reader.read_each(torch.tensor([reply[:-1]])) for reader in readers]
+        z = [torch.cat((before, after[0])) for before, after in zip(z, rest)]  # (n, V) each
+    z_base, z_delta = z
+    z_post = combine(z_base, z_delta.to(z_base.device), alpha)[:, :vocabulary]
+    z_base = z_base[:, : z_post.shape[1]]  # (n, V), over the same words as z_post
+
+    # what each would have chosen, and how likely each found what was said
+    ids = torch.tensor(reply, device=z_post.device)[:, None]  # (n, 1)
+    log_base = z_base.log_softmax(-1).gather(-1, ids)[:, 0]  # (n,)
+    log_post = z_post.log_softmax(-1).gather(-1, ids)[:, 0]  # (n,)
+    spelt = token_bytes(tokenizer)
+
+    def text(i: int) -> str:
+        if spelt[i] is None:
+            return tokenizer.tokens[i]
+        return spelt[i].decode(errors="backslashreplace")
+
+    tokens = []
+    rows = zip(
+        reply,
+        z_base.argmax(-1).tolist(),
+        z_post.argmax(-1).tolist(),
+        log_base.tolist(),
+        log_post.tolist(),
+        log_base.exp().tolist(),
+        log_post.exp().tolist(),
+    )
+    for token, base_choice, post_choice, log_p_base, log_p_post, p_base, p_post in rows:
+        by = "chance"
+        if token == base_choice:
+            by = "base"
+        elif token == post_choice:
+            by = "value"
+        tokens.append(
+            Said(text(token), text(base_choice), by, log_p_post - log_p_base, p_base, p_post)
+        )
+    return tokens
+
+
+def summary(said: Sequence[Said]) -> str:
+    count = {by: sum(token.by == by for token in said) for by in ("base", "value", "chance")}
+    return (
+        f"{len(said)} tokens: {count['base']} as the base alone would have said, "
+        f"{count['value']} changed by the value model, {count['chance']} by chance; "
+        f"together {sum(token.nats for token in said):+.1f} nats"
+    )
+
+
+# ---------------------------------------------------------------- forms
+
+
+def columns(said: Sequence[Said]) -> str:
+    """A line per token, separated by tabs; texts as JSON strings, in which spaces are seen."""
+    rows = [("by", "nats", "p_base", "p_post", "token", "base's choice")]
+    rows += [
+        (
+            token.by,
+            f"{token.nats:+.2f}",
+            f"{token.p_base:.4f}",
+            f"{token.p_post:.4f}",
+            *(json.dumps(text, ensure_ascii=False) for text in (token.text, token.base)),
+        )
+        for token in said
+    ]
+    return "\n".join("\t".join(row) for row in rows)
+
+
+def coloured(said: Sequence[Said], width: int) -> str:
+    """For a terminal of `width` columns: lines of tokens, and the base's choices underneath."""
+    out, cells, used = [], [], 0
+
+    def end_line() -> None:
+        nonlocal cells, used
+        out.append("".join(cell for cell, _ in cells).rstrip())
+        if any(under.strip() for _, under in cells):
+            out.append("\033[90m" + "".join(under for _, under in cells).rstrip() + "\033[0m")
+        cells, used = [], 0
+
+    for token in said:
+        text, under = (
+            s.replace("\n", "⏎") for s in (token.text, "" if token.by == "base" else token.base)
+        )
+        room = max(len(text), len(under) + bool(under))
+        if used and used + room > width:
+            end_line()
+        style = {"base": "", "chance": "\033[4m", "value": f"\033[30;48;5;{SHADES[shade(token)]}m"}[
+            token.by
+        ]
+        cells.append(
+            (style + text + "\033[0m" * bool(style) + " " * (room - len(text)), under.ljust(room))
+        )
+        used += room
+        if token.text.endswith("\n"):
+            end_line()
+    end_line()
+    legend = "".join(f"\033[30;48;5;{c}m  \033[0m" for c in SHADES)
+    return "\n".join(
+        [
+            *out,
+            "",
+            f"plain: the base  {legend} value model, 0 to {STRONG:.0f} nats  \033[4mchance\033[0m  "
+            "\033[90munderneath: what the base alone would have said\033[0m",
+        ]
+    )
+
+
+def shade(token: Said) -> int:
+    """Which of SHADES: the stronger, the more nats in either direction."""
+    return min(len(SHADES) - 1, int(abs(token.nats) / STRONG * len(SHADES)))
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Who said it</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 17px/2.9 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em }}
+h1, p {{ font-size: 1em; line-height: 1.5; color: GrayText; font-weight: normal }}
+h1, p {{ white-space: pre-wrap }}
+ruby {{ ruby-position: under }} rt {{ color: GrayText; font-size: .6em; white-space: pre }}
+span {{ white-space: pre-wrap; border-radius: .2em }}
+.value {{ background: rgb(255 130 20 / var(--strength)) }}
+.chance {{ text-decoration: underline dotted }}
+</style>
+<h1>{question}</h1>
+<div>{reply}</div>
+<p>{summary}
+Plain: the base alone would have said the same.
+<span class="value" style="--strength: .6">Coloured</span>: the value model has changed the choice,
+full colour from {strong:.0f} nats. <span class="chance">Dotted</span>: picked by sampling.
+Underneath: what the base alone would have said. Numbers appear where the mouse rests.</p>
+</html>
+"""
+
+
+def page(said: Sequence[Said], question: str) -> str:
+    """The whole reply as a page that needs nothing else."""
+
+    def one(token: Said) -> str:
+        text, under = html.escape(token.text), html.escape(token.base.replace("\n", "⏎"))
+        title = f"{token.by}: {token.nats:+.2f} nats"
+        title += f", p_base {token.p_base:.4f}, p_post {token.p_post:.4f}"
+        strength = min(1.0, abs(token.nats) / STRONG)
+        span = f'<span class="{token.by}" style="--strength: {strength:.2f}" title="{title}">'
+        span += f"{text}</span>"
+        return span if token.by == "base" else f"<ruby>{span}<rt>{under}</rt></ruby>"
+
+    return PAGE.format(
+        question=html.escape(question),
+        reply="".join(map(one, said)),
+        summary=summary(said),
+        strong=STRONG,
+    )

@@ -1,0 +1,224 @@
+"""The kernels, compiled ahead of time for GPUs that are not there: the interpreter that the other
+tests use on a CPU checks no types, knows no registers and runs one thread."""
+
+import contextlib
+import importlib
+import io
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
+NAMES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+# ---------------------------------------------------------------- how each kernel is launched
+
+
+def combine_loss_launches() -> Iterator[tuple[str, Callable]]:
+    """On logits of each type, with and without a base, in aligned rows and others."""
+    import ivl
+
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    for dtype, has_base, V in itertools.product(floats, (True, False), (32000, 32003)):
+        z_delta = torch.empty(3, V, dtype=dtype, device="meta")  # shapes and types are all it needs
+        targets = torch.empty(3, dtype=torch.long, device="meta")
+        z_base = torch.empty_like(z_delta) if has_base else None
+        way = f"{NAMES[dtype]} {'with' if has_base else 'without'} base, {V} words"
+        yield way, lambda: ivl.combine_loss_fused(z_base, z_delta, targets, targets >= 0, 0.5, 0.25)
+
+
+# each kernel by its name, and calls that launch it in all the ways there are; a function that only
+# kernels call has none: tuple
+KERNELS = {"_combine_loss": combine_loss_launches}
+
+
+class Spy:
+    """In the place of a kernel: notes the launches, and the device that is the current one."""
+
+    def __init__(self):
+        self.launches = []
+        self.devices = []
+        self.current = None
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *given, **options) -> None:
+        self.launches.append((given, options))
+        self.devices.append(self.current)
+
+    @contextlib.contextmanager
+    def switched_to(self, device: torch.device) -> Iterator[None]:
+        before = self.current
+        self.current = device
+        yield
+        self.current = before
+
+
+# ---------------------------------------------------------------- the compiler, in its own process
+
+
+def jit_functions(root: Path) -> dict:
+    """All functions below `root` that Triton compiles, by name: (module, function)."""
+    from triton.runtime.jit import JITFunction, KernelInterface
+
+    found = {}
+    sys.path.insert(0, str(root))
+    for pattern in ("*.py", "extras/*.py", "experiments/*.py"):
+        for path in sorted(root.glob(pattern)):
+            if "triton" not in path.read_text(encoding="utf-8"):
+                continue
+            module = importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+            for name, thing in vars(module).items():
+                # autotuning and heuristics are wrapped around a function
+                while isinstance(thing, KernelInterface) and not isinstance(thing, JITFunction):
+                    thing = thing.fn
+                if isinstance(thing, JITFunction):
+                    found[name] = module, thing
+    return found
+
+
+def compiled(kernel, given: tuple, options: dict, capability: int) -> dict:
+    """What becomes of a kernel launched so: its IR and what ptxas says of it, or the error."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    # types, constants, and what is known to be a multiple of 16, as Triton itself concludes them
+    names = [parameter.name for parameter in kernel.params]
+    values = dict(zip(names, given)) | {name: options[name] for name in names if name in options}
+    options = {name: options[name] for name in options if name not in names}
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = "*" + NAMES[value.dtype]
+            attributes[i,] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[i,] = [["tt.divisibility", 16]]
+
+    ptxas = io.StringIO()
+    try:
+        source = ASTSource(kernel, signature, constants, attributes)
+        with contextlib.redirect_stdout(ptxas):
+            binary = triton.compile(
+                source, target=GPUTarget("cuda", capability, 32), options=options
+            )
+    except Exception as error:
+        return dict(error=f"{type(error).__name__}: {error}")
+    return dict(ttir=binary.asm["ttir"], ptxas=ptxas.getvalue())
+
+
+def main(root: Path) -> None:
+    """Prints as JSON the names of all kernels below `root`, and what becomes of their launches."""
+    functions = jit_functions(root)
+    results = {}
+    for name, (module, function) in functions.items():
+        spy = Spy()
+        setattr(module, name, spy)
+        ways = []
+        for way, launch in KERNELS.get(name, tuple)():
+            launch()
+            ways.append(way)
+        for way, (given, options) in zip(ways, spy.launches, strict=True):
+            for capability in CAPABILITIES:
+                results[f"{name}, sm_{capability}, {way}"] = compiled(
+                    function, given, options, capability
+                )
+    print(json.dumps(dict(found=list(functions), results=results)))
+
+
+# ---------------------------------------------------------------- what has come of it
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory) -> dict:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    environment = os.environ | {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "TRITON_DUMP_PTXAS_LOG": "1",  # what `ptxas -v` says is printed
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    ended = subprocess.run(
+        [sys.executable, __file__, ROOT], env=environment, text=True, capture_output=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def test_every_kernel_is_in_the_table(report):
+    assert report["found"] and set(report["found"]) == set(KERNELS)
+
+
+def test_every_kernel_compiles_for_every_gpu(report):
+    for name in report["found"]:
+        assert any(way.startswith(f"{name}, ") for way in report["results"])
+    for way, result in report["results"].items():
+        assert "error" not in result, f"{way}\n{result['error']}"
+
+
+def test_every_kernel_keeps_to_its_registers(report):
+    for way, result in report["results"].items():
+        spills = re.findall(r"(\d+) bytes spill", result["ptxas"])
+        assert spills and set(spills) == {"0"}, f"{way}\n{result['ptxas']}"
+
+
+def test_the_target_s_logit_is_read_before_a_gradient_can_stand_there(report):
+    """After the first loop's barriers, a slow thread could find what a fast one has written."""
+    ways = {
+        way: result
+        for way, result in report["results"].items()
+        if way.startswith("_combine_loss") and "bf16" in way
+    }
+    assert ways
+    one_logit = r"tt\.load .*: !tt\.ptr<bf16>"  # of a block: tensor<4096x!tt.ptr<bf16>>
+    for way, result in ways.items():
+        before, _, after = result["ttir"].partition("scf.for")
+        assert len(re.findall(one_logit, before)) == (2 if "with base" in way else 1), way
+        assert not re.findall(one_logit, after), way
+        assert "tt.store" not in before, way
+        assert "tt.store" in after, way
+
+
+def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+    """Triton launches on the current device, wherever the tensors are."""
+    import ivl
+
+    if ivl.triton is None:
+        pytest.skip("Triton is not installed")
+    spy = Spy()
+    monkeypatch.setattr(ivl, "_combine_loss", spy)
+    monkeypatch.setattr(torch.cuda, "device", spy.switched_to)
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: spy.switched_to(tensor.device))
+    for _, launch in combine_loss_launches():
+        launch()
+    assert spy.devices
+    for device, (given, _) in zip(spy.devices, spy.launches):
+        assert device == given[1].device
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
