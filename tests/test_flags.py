@@ -183,6 +183,9 @@ def test_the_toy(train_calls, option, base_dir, tmp_path, monkeypatch):
         (tmp_path / "out" / "small-full").mkdir(exist_ok=True)
         (tmp_path / "out" / "small-full" / "README.md").touch()
         assert len(train_calls(TRAIN[option])) == 2
+        # begun again, a run is not complete any more
+        train_calls([])
+        assert not (tmp_path / "out" / "small-full" / "README.md").exists()
         return
     assert differs(run, [], TRAIN[option]) != "nothing"
 

@@ -81,6 +81,18 @@ def test_sums_of_parts_are_the_sum_of_the_whole():
     torch.testing.assert_close(parts, whole)
 
 
+def test_the_words_that_only_one_model_has_count_for_nothing():
+    z_base, z_delta, targets = batch()
+    h, W_base, W_value = torch.randn(3, 7, 4), torch.randn(9, 4), torch.randn(11, 4)
+    targets = targets.clamp(max=8)
+    shared = ivl.loss_sums(h @ W_base.T, h @ W_value[:9].T, targets, targets >= 0)
+    for W_b, W_v in ((W_base, W_value), (torch.cat((W_base, W_base)), W_value[:9])):
+        plain = ivl.loss_sums(h @ W_b.T, h @ W_v.T, targets, targets >= 0)
+        chunked = ivl.two_headed_loss(h, W_b, h, W_v, targets, targets >= 0, 1.0, 1.0)[1]
+        torch.testing.assert_close(torch.stack(plain), torch.stack(shared))
+        torch.testing.assert_close(chunked, torch.stack(shared))
+
+
 def test_training_changes_the_value_model_and_not_the_base(models):
     base, value = models
     ids = torch.randint(3, 200, (2, 9))

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -96,6 +97,23 @@ def test_losses_from_hidden_states(base_dir, value_dir):
         torch.testing.assert_close(loss, 0.7 * expected + 0.3 * norm)
     loss.backward()
     assert all(p.grad is None for p in base.parameters()) and value.unembed.grad.abs().sum() > 0
+
+
+def test_the_words_that_only_the_value_model_has_count_for_nothing(base_dir, value_dir):
+    class Narrow:
+        """A base with fewer words."""
+
+        def __init__(self, base):
+            self.hidden, self.unembed = base.hidden, base.unembed[:250]
+
+    base, value = load(base_dir), load(value_dir)
+    ids = torch.randint(3, 200, (4, 9), generator=torch.Generator().manual_seed(0))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    batch = inputs, targets, targets >= 0
+    norm = value(inputs)[..., :250].abs().mean(-1).sum()
+    for loss in (partial(losses.distill, base), partial(losses.prefer, 0.1)):
+        _, sums = loss(Narrow(base), value, batch, nullcontext(), 1.0, 1.0)
+        torch.testing.assert_close(sums[1], norm.detach())
 
 
 def test_pairs_must_ask_the_same():

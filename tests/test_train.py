@@ -90,6 +90,20 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(setup, norm_over):
     )
 
 
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_norm_over_all_counts_every_position_of_the_whole_batch(
+    setup, value_dir, chats_file, tmp_path, size
+):
+    """Prompt and padding too, as the released code does, however the batch is cut into parts."""
+    chats = data.tokenize(chats_file, data.Tokenizer(value_dir), 200)
+    settings = trainer.Settings(**FAST | {"norm_over": "all"})
+    rows = trainer.split(chats, settings)[1][0]
+    with torch.no_grad():
+        expected = load(value_dir)(chats.batch(rows)[0]).abs().mean().item()
+    setup("a", norm_over="all", micro_batch_size=size)
+    assert entries(tmp_path / "a" / "log.jsonl", "norm")[0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
     straight, losses = setup("straight")
 

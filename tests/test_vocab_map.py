@@ -230,6 +230,16 @@ def test_the_base_reads_the_canonical_text(mapping, bridge):
     assert bridge.respell(letters, canonical=False)[0] != ids
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_places_are_those_of_the_text_however_it_is_read(tokenizers, turned):
+    """Of the two tokenizers one puts a space in front of a text, the other does not."""
+    base, value = tokenizers[::-1] if turned else tokenizers
+    bridge = Bridge(VocabMap.make(base, value, TEXTS))
+    for canonical in (True, False):
+        _, ends, text = bridge.respell(value.encode("The cat"), canonical)
+        assert text == bridge.base.space + b"The cat" and ends[-1] == len(text)
+
+
 def test_special_tokens_are_read_as_special(mapping, bridge):
     base, value = mapping.base.tokenizer, mapping.value.tokenizer
     ids = value.encode("The cat") + [value.eos] + value.encode("A dog")
@@ -279,8 +289,22 @@ def test_cached_equals_uncached_after_every_step(mapping, base_dir):
         grown.back_to(lengths)
         each = grown.read_each(torch.tensor([row[-4:] for row in rows]))
         torch.testing.assert_close(each[:, -1], cached, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(each[0, 1], anew(rows[0][:-2])[0], atol=1e-3, rtol=1e-4)
+        for b, row in enumerate(rows):
+            for k in range(4):
+                fresh = anew(row[: len(row) - 3 + k])[0]
+                torch.testing.assert_close(each[b, k], fresh, atol=1e-3, rtol=1e-4)
     assert rolled_back > 5
+
+
+@torch.inference_mode()
+def test_boundaries_are_known_again_after_a_text_was_taken_back(mapping, base_dir):
+    """Of `The ca` the last `a` is read twice; `·cat` may still come, from before what is read again."""
+    model, byte = Mapped(load(base_dir), mapping), mapping.value.index
+    text = torch.tensor([[byte[bytes([x])] for x in b"The ca"]])
+    reader = model.reader(1, 0)
+    expected = reader.read(text)
+    reader.back_to([5])
+    torch.testing.assert_close(reader.read(text[:, 5:]), expected, atol=1e-3, rtol=1e-4)
 
 
 def test_mapped_probabilities_by_hand(mapping, bridge, base_dir):
