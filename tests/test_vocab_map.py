@@ -298,7 +298,7 @@ def test_cached_equals_uncached_after_every_step(mapping, base_dir):
 
 @torch.inference_mode()
 def test_boundaries_are_known_again_after_a_text_was_taken_back(mapping, base_dir):
-    """Of `The ca` the last `a` is read twice; `·cat` may still come, from before what is read again."""
+    """Of `The ca` the last `a` is read twice; `·cat`, begun before it, may still come."""
     model, byte = Mapped(load(base_dir), mapping), mapping.value.index
     text = torch.tensor([[byte[bytes([x])] for x in b"The ca"]])
     reader = model.reader(1, 0)
