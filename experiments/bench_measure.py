@@ -67,9 +67,7 @@ def watched(run: Callable[[], object], device: torch.device) -> tuple[int, objec
         result = run()
         return torch.cuda.max_memory_allocated(device) - before, result
 
-    with profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = run()
     now = peak = 0
     for event in profiled.profiler.kineto_results.events():
