@@ -233,7 +233,7 @@ class TextStream:
         piece = text[self.shown :]
         self.shown = max(self.shown, len(text))
 
-        # an id that is text by itself begins a new window
+        # whole by itself: the next steps decode from this id on, and it is out already
         tail = self.decode([i])
         if "\ufffd" not in tail:
             self.ids, self.shown = [i], len(tail)
@@ -353,7 +353,7 @@ class Chats:
         return self.offsets.diff()
 
     def members(self, rows: Sequence[int]) -> list[int]:
-        """The chats that stand for `rows` in a batch: here they themselves, of pairs two each."""
+        """The chats that `rows` put in a batch: themselves. Pairs (extras/losses.py): two each."""
         return list(rows)
 
     def plain(self) -> "Chats":
@@ -386,7 +386,7 @@ class Chats:
     def width(self, rows: Sequence[int]) -> int:
         """T of a batch of them: the longest one's inputs, all of it but the last token."""
         lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in self.members(rows)]
-        return max(lengths, default=2) - 1
+        return max(lengths, default=2) - 1  # no chats: T = 1
 
     def batch(
         self,
@@ -400,7 +400,7 @@ class Chats:
         targets: the token that each input is to predict, -100: none.
         counted: where the norm term looks: at the targets, or at each row's first `norm_width`
         positions, see `norm_count`.
-        T is a multiple of `align`. No chats are one row of padding.
+        T is a multiple of `align`. Where `rows` is empty, the batch is one row of padding.
 
         Example: `[1, 5, 6, 7]`, of which 6 and 7 are a reply, and `[1, 5, 8]`, of which 8 is one
             inputs    1    5    6        targets  -100    6    7        counted  no  yes  yes

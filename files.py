@@ -246,7 +246,7 @@ def command(main: Callable[[], None]) -> None:
     if torchrun():
         from extras.sharding import ranks
 
-        main = ranks()(main)
+        main = ranks()(main)  # a context manager, here as a decorator: main runs inside it
     try:
         main()
     except InputError as error:
@@ -260,6 +260,7 @@ def command(main: Callable[[], None]) -> None:
         )
         sys.exit(2)
     except BrokenPipeError:  # whoever read it, `head` say, has had enough
+        # stdout now leads nowhere, or Python's flush at exit would raise the error again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:

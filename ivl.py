@@ -114,8 +114,8 @@ class TwoHeadedLoss(torch.autograd.Function):
 
     Positions with neither a target nor a norm term are passed over; the others go through both
     unembeddings in chunks. `combine_loss` turns a chunk's z_Δ into its gradient dz on the spot,
-    from which follow at once dh = dz W and dW += dzᵀ h. Nothing is computed for the base, and
-    nothing again in backward.
+    from which follow at once dh = dz W and dW += dzᵀ h. The base gets no gradient at all, and
+    backward has nothing left to do but to scale dh and dW by the gradient of the loss.
     """
 
     @staticmethod
@@ -164,7 +164,7 @@ class TwoHeadedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, _):  # of the loss; the sums have none
-        dh, dW = ctx.saved_tensors
+        dh, dW = ctx.saved_tensors  # scaled in place, to save memory: backward runs once only
         dh = dh.mul_(gradient).view(ctx.shape)
         return None, None, dh, dW.mul_(gradient), None, None, None, None
 
@@ -308,7 +308,7 @@ def combine_loss_fused(
     w_ce: float,
     w_norm: float,
 ) -> Tensor:
-    """`combine_loss` as one Triton kernel. Each row is contiguous. It repeats to the bit."""
+    """`combine_loss` as one Triton kernel. Rows must be contiguous. Results are deterministic."""
     n, V = z_delta.shape
     sums = torch.empty(2, n, device=z_delta.device)
     has_base = z_base is not None

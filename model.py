@@ -180,6 +180,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     >>> rotate(torch.tensor([3.0, 5.0]), torch.zeros(2), torch.tensor([-1.0, 1.0]))
     tensor([-5.,  3.])
     """
+    # the roll swaps the halves, and sin holds their signs: (a cos − b sin, b cos + a sin)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
@@ -276,7 +277,7 @@ class Llama(nn.Module):
         self.config = config
         # recompute each block in the backward pass instead of storing what it has computed
         self.checkpointing = False
-        # given a weight, the embedding draws none: that would take a second
+        # a weight is given, or nn.Embedding would draw a random one, for a second even on meta
         weight = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed = nn.Embedding(*weight.shape, _weight=weight)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -357,6 +358,7 @@ class Llama(nn.Module):
     def init_weights(self, seed: int) -> "Llama":
         """Random weights. What a block adds starts at zero, so it drowns no token's embedding."""
         generator = torch.Generator(self.embed.weight.device).manual_seed(seed)
+        # norms (one dimension) stay as they are: ones in a new model, else those that were loaded
         for name, weight in self.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 weight.zero_()
@@ -502,6 +504,7 @@ def column_major(model: Llama) -> Llama:
     of its own. The network is the same, but `save` wants rows.
     """
     if model.lm_head is None:
+        # on meta, so no memory is taken; the loop below makes the shared weight a copy of its own
         V, H = model.embed.weight.shape
         model.lm_head = nn.Linear(H, V, bias=False, device="meta")
         model.lm_head.weight = nn.Parameter(model.embed.weight)

@@ -155,6 +155,7 @@ class Speaker:
         if self.connection != "residual":
             from extras.connections import Connected
 
+            # the base keeps what it says where the value model reads it, so it must read first
             self.value = Connected(self.connection, self.value)
             self.base = self.value.watched(self.base)
         if self.antiexpert is not None:
@@ -286,7 +287,7 @@ def chat(speaker: Speaker) -> None:
     """Questions from stdin until /exit or its end; the replies so far are part of every prompt."""
     ask = input
     if torchrun():
-        from extras.sharding import ask
+        from extras.sharding import ask  # one process asks, and all get the answer
 
     # what shows where a person types
     human = sys.stdin.isatty()
@@ -379,7 +380,7 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked; defaults come last, so that nothing given is overlooked."""
+    """The command line, checked. Defaults are filled in last: until then None is "not given"."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

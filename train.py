@@ -150,10 +150,11 @@ class OneDevice:
         return list(numbers)
 
     def whole(self, tensor: Tensor) -> Tensor:
+        """A tensor in one piece, gathered if it is cut up over several GPUs; here it is whole."""
         return tensor
 
     def rest(self, model: Llama) -> None:
-        """Frees what several GPUs have gathered to read; a backward pass does so too."""
+        """Frees what several GPUs gathered for a forward pass; here nothing was gathered."""
 
     def write_tensors(self, tensors: dict[str, Tensor], path: Path, metadata: dict) -> None:
         save_tensors(tensors, path, metadata)
@@ -649,11 +650,12 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
     loads = [partial(load_frozen, directory) for directory in args.base]
     if args.full:
         loads = [lambda: None]
-    trained = value  # what `train` is given: value, or value joined to what its base says
+    trained = value  # what `train` is given: the value model, or the Connected that wraps it
     if connection != "residual":
         from extras.connections import Connected
 
         def load_watched(directory: str) -> Llama:
+            # called by Curriculum.at, when `trained` is the Connected that is made below
             return trained.watched(load_frozen(directory))
 
         trained = Connected(connection, value)

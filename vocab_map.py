@@ -247,6 +247,7 @@ def spell(
         both = zip(base.starts(texts[k : k + 256]), value.starts(texts[k : k + 256]))
         for (b, b_starts), (v, v_starts) in both:
             if base.space != value.space and b:
+                # the base's first token, but with the space that the value's tokenizer puts there
                 as_value = value.space + base.bytes[b[0]].removeprefix(base.space)
                 b[0] = base.index.get(as_value, b[0])
             yield b, b_starts, v, v_starts
@@ -342,6 +343,8 @@ def paper_rows(counts: dict[tuple[int, int], float], columns: int) -> dict[tuple
     largest: Counter = Counter()
     for (_, v), x in centred.items():
         largest[v] = max(largest[v], x)
+
+    # of each row the largest, as (entry, v)
     best: dict[int, tuple[float, int]] = {}
     for (b, v), x in centred.items():
         best[b] = max(best.get(b, (-math.inf, 0)), (x / (largest[v] or 1.0), v))
@@ -365,6 +368,7 @@ def count_aligned(
     for b, b_starts, v, v_starts in tqdm(
         spelt, "aligning", len(texts), unit=" texts", leave=False, disable=None
     ):
+        # i, j: the places in b and v of tokens that begin at one byte (of several, the first)
         _, i, j = np.intersect1d(b_starts, v_starts, return_indices=True)
         keys.append(np.array(b, np.int64)[i] * columns + np.array(v, np.int64)[j])
     pairs, n = np.unique(np.concatenate(keys), return_counts=True)
@@ -410,7 +414,7 @@ def special_pairs(base: Spelling, value: Spelling) -> dict[tuple[int, int], floa
     bos to bos, eos to eos, the same name to the same; the rest of the base's to eos, since a text
     ends there; the rest of the value's get a share of bos, which a base never predicts.
     """
-    ours, theirs = base.tokenizer, value.tokenizer
+    ours, theirs = base.tokenizer, value.tokenizer  # ours: the base's; theirs: the value model's
 
     # each special token of the base: its namesake, else the end of a text
     names = {

@@ -94,6 +94,7 @@ class Connected:
     def __init__(self, connection: str, value: "Llama | Probe"):
         self.connection = connection
         self.value = value
+        # base_ref and h_base, what the base has read last, are there from the first `seen` on
 
     def __getattr__(self, name: str):
         return getattr(self.value, name)
@@ -121,6 +122,7 @@ class Connected:
         return self.value.hidden(x, positions, cache, end)
 
     def reader(self, rows: int, slots: int) -> Reader:
+        # not the inner value model's: this Reader has to call the `hidden` above
         return Reader(self, rows, slots)
 
 
@@ -141,6 +143,7 @@ class Watched:
         return h_base
 
     def reader(self, rows: int, slots: int) -> Reader:
+        # not the inner base's: this Reader has to call the `hidden` above
         return Reader(self, rows, slots)
 
 
@@ -217,10 +220,8 @@ class Probe(nn.Module):
         directory = Path(directory)
         tensors = {name: p.data for name, p in self.named_parameters()}
         save_tensors(tensors, directory / "model.safetensors", {})
-        config = {
-            "model_type": "ivl-probe",
-            **asdict(self.config),
-        }  # nobody is to take it for a Llama
+        # a model_type of its own: nobody is to take it for a Llama
+        config = {"model_type": "ivl-probe", **asdict(self.config)}
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod

@@ -140,6 +140,7 @@ def coloured(said: Sequence[Said], width: int) -> str:
         text, under = (
             s.replace("\n", "⏎") for s in (token.text, "" if token.by == "base" else token.base)
         )
+        # a cell holds the token and what stands under it, and then a gap to the next choice
         room = max(len(text), len(under) + bool(under))
         if used and used + room > width:
             end_line()

@@ -118,7 +118,8 @@ class Graphs:
         self.decide([reader.read(tokens, counts) for reader in self.readers])
         # end: how many tokens the longest text has once these new ones are read
         for end in range(T + 1, longest + 2):
-            # these tokens are copied, the next step is launched, and only then they are waited for
+            # these tokens are copied (`to` with non_blocking takes pinned memory), the next step is
+            # launched behind the copy, and only then the host waits for the copy
             ids = self.new.to("cpu", non_blocking=True)
             copied = cuda.current_stream(self.device).record_event()
             if end <= longest:
@@ -153,7 +154,8 @@ class Graphs:
             self.replay(slots, self.step_of_both, self.readers, self.device)
             return
 
-        # on devices of their own, the models are a graph each, and meet in the choice
+        # on devices of their own, the models are a graph each, and meet in the choice (the base's
+        # tokens are `new` itself: that copy changes nothing)
         for tokens in self.tokens:
             tokens.copy_(self.new[:, None])
         self.decide(
@@ -200,7 +202,8 @@ class Graphs:
         generator_state = self.generator.get_state()
 
         def look() -> Tensor:
-            # a reader looks at as many slots as its host-side `lengths` ask for: so that many
+            # a reader looks at its longest `lengths` + 1 slots, which only the host counts: so
+            # many. The true places are `positions`; `lengths` is wrong until `back_to`
             for part in inner:
                 part.lengths = [slots - 1] * self.rows
             return run()
@@ -229,7 +232,7 @@ class Graphs:
 
 
 def parts(reader) -> list[Reader]:
-    """The `model.Reader`s inside a reader: itself, or those of a `ProxyReader`."""
+    """The `model.Reader`s inside: itself, or a `ProxyReader`'s; mapped bases have no graphs."""
     if isinstance(reader, Reader):
         return [reader]
     return [part for inner in reader.readers for part in parts(inner)]

@@ -1,12 +1,13 @@
 """The other losses that z_post can have, the third advantage of §3.1: a teacher's probabilities,
 and preferences.
 
-Each is a `batch_loss` for `train.train`, in the place of `train.forward`. Both hold z_base and
-z_Δ of a micro-batch in full, unlike `ivl.two_headed_loss`. Shapes: B batch, T time, V vocabulary.
+`distill` and `prefer`, their first argument bound by `partial`, are each a `batch_loss` for
+`train.train`, in the place of `train.forward`. Both hold z_base and z_Δ of a micro-batch in full,
+unlike `ivl.two_headed_loss`. Shapes: B batch, T time, V vocabulary.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise as neighbours
+from itertools import pairwise as neighbours  # `pairwise` is a loss here
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +109,7 @@ class Pairs(Chats):
         return len(rows)
 
     def members(self, rows: Sequence[int]) -> list[int]:
+        """The chats that a batch of these pairs has, all preferred ones first."""
         return [*rows, *(i + len(self) for i in rows)]
 
 

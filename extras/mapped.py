@@ -185,6 +185,9 @@ class Bridge:
         """`respell` for value ids without special tokens."""
         spelt = self.value.join(ids)
         plain = spelt.removeprefix(self.value.space)
+        # nothing said yet, and the value's first token will bring a space: if the base's will too,
+        # both begin at b""; else None, base tokens count as if they had it. In all other cases the
+        # base's own space, if it has one, stands in front
         if spelt or not self.value.space:
             text = self.base.space + plain
         else:
@@ -271,8 +274,9 @@ class MappedReader:
             ids = [row[:n] for row, n in zip(ids, counts.tolist())]
         texts = [[*state.value_ids, *new] for state, new in zip(self.states, ids)]
 
-        # the boundaries that growing id by id would have left behind: look at each text without its
-        # last `back` ids, the longest cut first
+        # a text's spelling shows its own boundaries only: `The·ca` as The | ·ca has none after ·c,
+        # which the spelling of `The·c` had. Growing id by id would have met it; texts that come at
+        # once are therefore looked at without their last `back` ids first, the shortest first
         if self.boundaries_unknown and self.mapped.step_back:
             for back in range(max(map(self.bridge.count_open, texts)), 0, -1):
                 self._look_at([text[: max(0, len(text) - back)] for text in texts])
@@ -336,18 +340,19 @@ class MappedReader:
         state.base_ids = ids
         if self.mapped.linear:
             return self._mapped_linearly(z[-1])
-        log_p = z.log_softmax(-1)
+        next_log_p = z.log_softmax(-1)  # (n, V_base), after each of these ids
 
         # more than TAIL new ids, or a special token among them: what is kept cannot be continued
         if begin > start or -1 in ends[begin:]:
             state.boundaries = {}
             state.log_p = [0.0] * (begin + 1)  # relative to `begin`: only ratios matter
-        self._extend_log_p(state, begin, log_p)
-        last = {len(text or b""): Boundary(state.log_p[-1], log_p[-1])}
+        self._extend_log_p(state, begin, next_log_p)
+        last = {len(text or b""): Boundary(state.log_p[-1], next_log_p[-1])}
         if not self.mapped.step_back:
             return self._mixture(last, text)
-        self._move_boundaries(state, ends, text, begin, log_p)
-        # if the base can spell none of the last bytes, no boundary is left but the last one
+        self._move_boundaries(state, ends, text, begin, next_log_p)
+        # none is left if the base cannot spell the last bytes: then what it says after its last id
+        # counts as if said at the text's end
         return self._mixture(state.boundaries or last, text)
 
     def _mapped_linearly(self, z_base: Tensor) -> Tensor:
@@ -356,21 +361,22 @@ class MappedReader:
         mapped = z_base.new_zeros(len(self.bridge.value.bytes))
         return mapped.index_add(0, value_ids, z_base[base_ids] * w)
 
-    def _extend_log_p(self, state: State, begin: int, log_p: Tensor) -> None:
-        """Brings `state.log_p` up to date; log_p (n, V_base): after the ids from `begin` on."""
-        # log_p[k] of the state goes up to id k, which row k - 1 - begin of `log_p` predicts
+    def _extend_log_p(self, state: State, begin: int, next_log_p: Tensor) -> None:
+        """Brings `state.log_p` up to date; next_log_p (n, V_base): after ids from `begin` on."""
+        # state.log_p[k] = state.log_p[k - 1] + log p(id k), which row k - 1 - begin predicts
         del state.log_p[begin + 1 :]
         for k in range(begin + 1, len(state.base_ids)):
-            state.log_p.append(state.log_p[-1] + log_p[k - 1 - begin, state.base_ids[k]].item())
+            id_log_p = next_log_p[k - 1 - begin, state.base_ids[k]].item()
+            state.log_p.append(state.log_p[-1] + id_log_p)
 
     def _move_boundaries(
-        self, state: State, ends: list[int], text: bytes | None, begin: int, log_p: Tensor
+        self, state: State, ends: list[int], text: bytes | None, begin: int, next_log_p: Tensor
     ) -> None:
         """Adds the boundaries of ids from `begin` on; keeps those with a token past the end."""
         boundaries = dict(state.boundaries)
         for k in range(begin, len(ends)):
             if ends[k] >= 0:
-                boundaries[ends[k]] = Boundary(state.log_p[k], log_p[k - begin])
+                boundaries[ends[k]] = Boundary(state.log_p[k], next_log_p[k - begin])
         state.boundaries = {}
         for place, boundary in boundaries.items():
             if self.bridge.goes_on(pending(text, place)):

@@ -52,7 +52,8 @@ def ranks() -> Iterator[None]:
     is the death of a rank, which the others notice when they wait for it: torchrun then ends them
     all and names the one that died.
     """
-    # before there is a group: a default argument in it would keep the group, and a thread of gloo's
+    # imported before there is a group: a function in it has the current group as a default, which
+    # would keep the group, and gloo's thread, alive past its end
     import torch.distributed.nn  # noqa: F401
 
     store, rank, size = next(dist.rendezvous("env://"))  # torchrun's own, so it outlives any rank
@@ -130,6 +131,7 @@ def hub_rows(config: Config) -> dict[str, tuple[str, Tensor]]:
         numbers[name] = row.expand(p.shape)
     model.load_state_dict(numbers, assign=True)
 
+    # a view shares its parameter's storage: by that address its parameter is found
     owner = {p.data_ptr(): name for name, p in model.named_parameters()}
     places = {}
     for name, view in hf_views(model).items():
@@ -200,7 +202,7 @@ class Ranks:
         )
         layers = [layer for block in model.blocks for layer in (block.attention, block.mlp)]
         for part in [*layers, model]:
-            # the root holds embedding, unembedding and last norm, which keep their dtype
+            # the root holds embedding, unembedding and all norms, which keep their dtype
             part_policy = MixedPrecisionPolicy() if part is model else policy
             fully_shard(part, mesh=mesh, mp_policy=part_policy)
             part.set_gradient_divide_factor(1.0)  # the sum over the ranks, not the mean
@@ -319,11 +321,11 @@ def load_slice(
 ) -> Llama:
     """`model.load` for decoding, each rank with its slice. Raises InputError.
 
-    A slice of a Llama is a narrower Llama, so its cache is narrower too, and no product knows of
-    the others: a hook adds up after the two that give to the residual. (`parallelize_module` says
-    the same with tensors that decide before each product how to communicate: of one token, the host
-    needs four times as long for a pair of products.) A network of which the ranks cannot have equal
-    numbers of key-value heads stays whole on each.
+    A slice of a Llama is a narrower Llama with a narrower cache, and its products know nothing of
+    the other ranks: a hook on `attention.out` and `mlp.down`, whose outputs are added to the
+    residual, sums these over the ranks. (`parallelize_module` does so with DTensors, but for one
+    token the host then needs four times as long for a pair of products.) A network whose key-value
+    heads or MLP the ranks cannot share equally stays whole on each.
     vocabulary: the tokens that count; of their embeddings and logits each rank has a slice. None:
     all, on every rank.
     """
