@@ -626,11 +626,11 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
     if connection is None:
         connection = recorded_connection(args.value) if args.value else "residual"
     if machine is not ONE_DEVICE and (
-        connection != "residual" or given(args, "random", "teacher", "rejected")
+        connection != "residual" or given(args, "random", "teacher", "rejected", "compile")
     ):
         raise InputError(
-            "under torchrun there is only --connection residual, without --random, "
-            "--teacher and --rejected"
+            "under torchrun there is only --connection residual, without --random, --teacher, "
+            "--rejected and --compile"
         )
     shared = len(tokenizer.tokens)  # so many leading ids mean the same everywhere
     configs = []

@@ -197,6 +197,13 @@ def test_what_all_ranks_refuse_is_told_once(pair, tmp_path):
     )
 
 
+@pytest.mark.parametrize("option", [["--compile"], ["--random"], ["--connection", "cascade"]])
+def test_what_several_ranks_cannot_do_is_refused(pair, chats_file, tmp_path, option):
+    args = [*pair, "--data", chats_file, "--out", tmp_path / "out", *option]
+    with pytest.raises(trainer.InputError, match=f"under torchrun.*{option[0]}"):
+        trainer.run(trainer.arguments(list(map(str, args))), sharding.Ranks())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n, dtype", [(2, "float32"), (4, "float32"), (1, "bfloat16")])
 def test_fifty_steps_equal_one_rank(n, dtype, one, tmp_path):
