@@ -9,6 +9,7 @@ up to it and then with it.
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,39 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 from tqdm import tqdm
 
-from files import InputError, open_tensors, read_json, read_text, save_tensors, write_text
+from files import (
+    LIST,
+    TABLE,
+    TEXT,
+    Field,
+    InputError,
+    limited,
+    list_of,
+    open_tensors,
+    parse_json,
+    read_fields,
+    read_lines,
+    read_text,
+    save_tensors,
+    whole,
+    write_text,
+)
 
 CACHE = Path(__file__).parent / "out" / "cache"
-FORMAT = "2"  # of the cached files: raise it when tokenization changes
+FORMAT = "3"  # of the cached files: raise it when tokenization changes
+
+# what is read of the files beside a tokenizer
+TOKEN = whole(0, 2**24)
+IDS = TOKEN | list_of(TOKEN)
+NUMBERS = {"bos_token_id": Field(IDS, []), "eos_token_id": Field(IDS, [])}
+SETTINGS = {
+    "bos_token": Field(TEXT | TABLE, None),
+    "eos_token": Field(TEXT | TABLE, None),
+    "chat_template": Field(TEXT | LIST, None),
+}
+# a template comes from a stranger: so long may it take for a chat, so much memory and text may it
+# make
+SECONDS, BYTES, CHARACTERS = 5, 2**29, 2**24
 
 TEMPLATES = {
     "llama-2": """
@@ -72,55 +102,74 @@ class Tokenizer:
         self.backend = self._backend()
         self.tokens = self._tokens()  # the content of each id, None for one that is not used
 
-        settings = self._settings("tokenizer_config.json")
-        config = self._settings("config.json")
+        settings = self._settings("tokenizer_config.json", SETTINGS)
+        config = self._settings("config.json", NUMBERS)
+        generation = self._settings("generation_config.json", NUMBERS)
         self.bos = self._special("bos", settings, config)
         self.eos = self._special("eos", settings, config)
         self.template = TEMPLATES[template] if template else self._own_template(settings)
         self._compiled = self._compile()
-        self.stop = self._stop(config, self._settings("generation_config.json"))
+        self.stop = self._stop(config, generation)
 
     def _backend(self) -> tokenizers.Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_str(self.source)
         except Exception as error:  # the library raises nothing more specific
-            raise InputError(
-                f"{self.path}: not a tokenizer ({error}); the file is damaged, download it again"
-            ) from None
+            raise self._damaged(error) from None
         backend.no_padding()
         backend.no_truncation()
         return backend
 
     def _tokens(self) -> list[str | None]:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
-        tokens: list[str | None] = [None] * (1 + max(vocabulary.values()))
+        largest = max(vocabulary.values(), default=None)
+        if largest not in TOKEN:
+            raise self._damaged(f"its largest id is {largest}")
+        tokens: list[str | None] = [None] * (1 + largest)
         for token, i in vocabulary.items():
             tokens[i] = token
         return tokens
 
-    def _settings(self, name: str) -> dict:
-        """What a JSON file beside the tokenizer says; nothing if it is not there."""
+    def _damaged(self, reason: object) -> InputError:
+        return InputError(
+            f"{self.path}: not a tokenizer ({reason}); the file is damaged, download it again"
+        )
+
+    def _settings(self, name: str, table: dict[str, Field]) -> dict:
+        """What a JSON file beside the tokenizer says of these fields; it need not be there."""
         path = self.directory / name
-        return read_json(path, dict) if path.exists() else {}
+        if path.exists():
+            return read_fields(path, table)
+        return {field: default for field, (_, default) in table.items()}
 
     def _special(self, name: str, settings: dict, config: dict) -> int | None:
         """The id of "bos" or "eos": by its content, else by the number in config.json."""
-        token = settings.get(f"{name}_token")
+        token = settings[f"{name}_token"]
         if isinstance(token, dict):
             token = token.get("content")
         if token is not None and token in self.tokens:  # `tokens` has None for unused ids
             return self.tokens.index(token)
-        ids = config.get(f"{name}_token_id")
-        return ids[0] if isinstance(ids, list) else ids
+        ids = _as_list(config[f"{name}_token_id"])
+        if not ids:
+            return None
+        if ids[0] >= len(self.tokens) or self.tokens[ids[0]] is None:
+            raise InputError(
+                f"{self.directory / 'config.json'}: {name}_token_id = {ids[0]} is no token of "
+                f"{self.path.name}; they do not belong together"
+            )
+        return ids[0]
 
     def _own_template(self, settings: dict) -> str:
         """The directory's chat template, else llama-2's."""
         file = self.directory / "chat_template.jinja"
         if file.exists():
             return read_text(file)
-        own = settings.get("chat_template")
+        own = settings["chat_template"]
         if isinstance(own, list):  # several, by name
-            own = {entry["name"]: entry["template"] for entry in own}.get("default")
+            named = [entry for entry in own if entry in TABLE and entry.get("name") == "default"]
+            own = named[0].get("template") if named else None
+        if own is not None and own not in TEXT:
+            raise self._no_template("it is no text")
         return own or TEMPLATES["llama-2"]
 
     def _compile(self) -> jinja2.Template:
@@ -131,17 +180,16 @@ class Tokenizer:
         environment.filters["tojson"] = lambda x, **options: json.dumps(
             x, ensure_ascii=False, **options
         )
-        environment.globals["raise_exception"] = _raise
+        environment.globals["raise_exception"] = _refuse
         try:
-            return environment.from_string(self.template)
-        except jinja2.TemplateError as error:
+            with limited(SECONDS, BYTES):
+                return environment.from_string(self.template)
+        except Exception as error:  # Python's own among them: a RecursionError, an OverflowError
             raise self._no_template(error) from None
 
     def _stop(self, config: dict, generation: dict) -> set[int]:
         """The tokens that end a reply: the end of the text, and what the template puts there."""
-        stop = {
-            i for settings in (config, generation) for i in _as_list(settings.get("eos_token_id"))
-        }
+        stop = {i for settings in (config, generation) for i in _as_list(settings["eos_token_id"])}
         if self.eos is not None:
             stop.add(self.eos)
 
@@ -149,14 +197,19 @@ class Tokenizer:
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
             turn = self.encode(self.render(example))
-        except jinja2.TemplateError as error:
+        except Refused as error:
             raise self._no_template(error) from None
         added = self.backend.get_added_tokens_decoder()
         special = [i for i in turn if i in added and added[i].special and i != self.bos]
         return stop | set(special[-1:])
 
-    def _no_template(self, error: Exception) -> InputError:
-        return InputError(f"{self.directory}: the chat template does not work ({error})")
+    def _no_template(self, error: object) -> InputError:
+        if isinstance(error, Exception):
+            error = f"{type(error).__name__}: {error}"
+        return InputError(
+            f"{self.directory}: the chat template does not work ({str(error)[:200]}); choose "
+            "another with --template"
+        )
 
     def check(self, vocab_size: int) -> None:
         """Raises InputError if a token has no row in a model with `vocab_size` rows."""
@@ -167,8 +220,19 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with exactly one BOS in front if the tokenizer has one."""
-        return self.with_bos(self.backend.encode(text, add_special_tokens=False).ids)
+        """The ids of a text, with exactly one BOS in front if the tokenizer has one. Raises
+        InputError.
+        """
+        return self.with_bos(self.encoding(text).ids)
+
+    def encoding(self, text: str) -> tokenizers.Encoding:
+        """The ids of a text and the characters that they stand for. Raises InputError."""
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except Exception as error:  # of the library: half a character, a rule that does not work
+            raise InputError(
+                f"{self.path}: cannot tokenize {reprlib.repr(text)} ({error})"
+            ) from None
 
     def with_bos(self, ids: list[int]) -> list[int]:
         """The ids with a BOS in front; unchanged if they have it, or the tokenizer has none."""
@@ -180,19 +244,30 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def render(self, messages: list[dict], reply_next: bool = False) -> str:
-        """The chat as one text, up to a reply if `reply_next`. Raises jinja2.TemplateError."""
-        return self._compiled.render(
-            messages=messages,
-            add_generation_prompt=reply_next,
-            bos_token="" if self.bos is None else self.tokens[self.bos],
-            eos_token="" if self.eos is None else self.tokens[self.eos],
-        )
+        """The chat as one text, up to a reply if `reply_next`. Raises Refused if the template does
+        not want such a chat, InputError if it does not work.
+        """
+        try:
+            with limited(SECONDS, BYTES):
+                text = self._compiled.render(
+                    messages=messages,
+                    add_generation_prompt=reply_next,
+                    bos_token="" if self.bos is None else self.tokens[self.bos],
+                    eos_token="" if self.eos is None else self.tokens[self.eos],
+                )
+        except Refused:
+            raise
+        except Exception as error:  # a template can do wrong whatever Python can
+            raise self._no_template(error) from None
+        if len(text) > CHARACTERS:
+            raise self._no_template(f"it makes {len(text)} characters of a chat")
+        return text
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids after which the model is to reply. Raises InputError if the template refuses."""
         try:
             return self.encode(self.render(messages, reply_next=True))
-        except jinja2.TemplateError as error:
+        except Refused as error:
             raise InputError(
                 f"{self.directory}: the chat template refuses this chat ({error})"
             ) from None
@@ -244,13 +319,15 @@ class TextStream:
         return self.decode(self.ids)[self.shown :]
 
 
-def _raise(message: str):
-    raise jinja2.TemplateError(message)
+class Refused(Exception):
+    """A template has no form for this chat, and says so."""
 
 
-def _as_list(x) -> list:
-    if x is None:
-        return []
+def _refuse(message: str):
+    raise Refused(message)
+
+
+def _as_list(x: int | list[int]) -> list[int]:
     return x if isinstance(x, list) else [x]
 
 
@@ -297,20 +374,12 @@ def _messages(record: dict) -> list[dict]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def _records(path: str | Path) -> list[tuple[str, dict]]:
-    """The records of a .json (a list) or .jsonl file, each with its place."""
+def _records(path: str | Path) -> list[tuple[str, object]]:
+    """The records of a .json (a list) or .jsonl file, each with its place. Raises InputError."""
     text = read_text(path)
-    if text.lstrip().startswith("["):
-        return [(f"entry {i}", record) for i, record in enumerate(read_json(path))]
-    records = []
-    for i, line in enumerate(text.split("\n"), 1):  # splitlines() would also split inside a string
-        if not line.strip():
-            continue
-        try:
-            records.append((f"line {i}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, line {i}: not valid JSON ({error.msg})") from None
-    return records
+    if text.lstrip().startswith("[") and not str(path).endswith(".jsonl"):
+        return [(f"entry {i}", record) for i, record in enumerate(parse_json(text, path))]
+    return [(f"line {i}", record) for i, record in read_lines(path)]
 
 
 def read_chats(path: str | Path) -> list[list[dict]]:
@@ -344,6 +413,7 @@ class Chats:
     ids: Tensor  # int32
     target: Tensor  # bool: the loss counts this token
     offsets: Tensor  # int64, one more than there are chats
+    entry: Tensor  # int64, the place of each chat in its file, from 0 on
     report: str  # what became of the chats that were read
 
     def __len__(self) -> int:
@@ -351,6 +421,19 @@ class Chats:
 
     def lengths(self) -> Tensor:
         return self.offsets.diff()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a training depends on."""
+        names = ("ids", "target", "offsets", "entry")
+        return {name: getattr(self, name) for name in names}
+
+    def fingerprint(self) -> str:
+        """What tells these chats from others, as this tokenizer and template write them."""
+        hashed = hashlib.sha256()
+        for name, tensor in self.tensors().items():
+            hashed.update(f"{name} {tensor.dtype} {len(tensor)} ".encode())
+            hashed.update(tensor.numpy())
+        return hashed.hexdigest()
 
     def members(self, rows: Sequence[int]) -> list[int]:
         """The chats that `rows` put in a batch: themselves. Pairs (extras/losses.py): two each."""
@@ -450,11 +533,11 @@ def tokenize_chat(
                     "another with --template"
                 )
             spans.append((len(before), len(after)))
-    except jinja2.TemplateError:
+    except Refused:
         return None
 
     # the character at which each token begins; a BOS that was put in front begins at 0
-    encoding = tokenizer.backend.encode(text, add_special_tokens=False)
+    encoding = tokenizer.encoding(text)
     ids = tokenizer.with_bos(encoding.ids)
     starts = [0] * (len(ids) - len(encoding.ids)) + [start for start, _ in encoding.offsets]
 
@@ -490,25 +573,35 @@ def tokenize(path: str | Path, tokenizer: Tokenizer, max_length: int) -> Chats:
     ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     cached = CACHE / f"{key}.safetensors"
+    chats = _read_cache(cached)
+    if chats is None:
+        chats = _tokenize(path, tokenizer, max_length)
+        CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)  # chats are nobody else's business
+        note = {"report": chats.report, "fingerprint": chats.fingerprint()}
+        save_tensors(chats.tensors(), cached, note)
+    return chats
+
+
+def _read_cache(cached: Path) -> Chats | None:
+    """What `tokenize` has kept; None if it is not there, or is not what was written."""
     if not cached.exists():
-        _write_cache(path, tokenizer, max_length, cached)
-    tensors = open_tensors(cached)
-    return Chats(
-        ids=tensors.get_tensor("ids"),
-        target=tensors.get_tensor("target"),
-        offsets=tensors.get_tensor("offsets"),
-        report=tensors.metadata()["report"],
-    )
+        return None
+    try:
+        file = open_tensors(cached)
+        tensors = {name: file.get_tensor(name) for name in ("ids", "target", "offsets", "entry")}
+        chats = Chats(**tensors, report=file.metadata()["report"])
+        return chats if file.metadata()["fingerprint"] == chats.fingerprint() else None
+    except Exception:  # a damaged file fails in many ways, and is made again for all of them
+        return None
 
 
-def _write_cache(path: str | Path, tokenizer: Tokenizer, max_length: int, cached: Path) -> None:
-    """Writes the chats of a file, tokenized, and a report of what became of them."""
+def _tokenize(path: str | Path, tokenizer: Tokenizer, max_length: int) -> Chats:
+    """The chats of a file, tokenized, and a report of what became of them."""
     chats = read_chats(path)
-    ids, target, offsets = [], [], [0]
+    ids, target, offsets, entry = [], [], [0], []
     refused = cut = empty = 0
-    for chat in tqdm(
-        chats, desc=f"tokenizing {Path(path).name}", unit=" chats", leave=False, disable=None
-    ):
+    bar = tqdm(chats, f"tokenizing {Path(path).name}", unit=" chats", leave=False, disable=None)
+    for i, chat in enumerate(bar):
         while chat and chat[0]["role"] == "assistant":
             chat = chat[1:]  # ShareGPT's pages often begin in the middle
         tokens = tokenize_chat(tokenizer, chat) if chat else ([], [], [])
@@ -527,8 +620,9 @@ def _write_cache(path: str | Path, tokenizer: Tokenizer, max_length: int, cached
         ids += chat_ids[:end]
         target += chat_target[:end]
         offsets.append(len(ids))
+        entry.append(i)
 
-    report = f"{len(offsets) - 1} of {len(chats)} chats, {len(ids)} tokens"
+    report = f"{len(entry)} of {len(chats)} chats, {len(ids)} tokens"
     report += f", {sum(target)} of them targets"
     if cut:
         report += f"; {cut} cut to {max_length} tokens"
@@ -536,16 +630,17 @@ def _write_cache(path: str | Path, tokenizer: Tokenizer, max_length: int, cached
         report += f"; {empty} left out: no reply fits"
     if refused:
         report += f"; {refused} left out: the template refuses them"
-    if len(offsets) == 1:
+    if not entry:
         raise InputError(
             f"{path}: no chat has a reply to learn from within --max_length {max_length} ({report})"
         )
-    tensors = {
-        "ids": torch.tensor(ids, dtype=torch.int32),
-        "target": torch.tensor(target),
-        "offsets": torch.tensor(offsets),
-    }
-    save_tensors(tensors, cached, {"report": report})
+    return Chats(
+        ids=torch.tensor(ids, dtype=torch.int32),
+        target=torch.tensor(target),
+        offsets=torch.tensor(offsets),
+        entry=torch.tensor(entry),
+        report=report,
+    )
 
 
 def epoch_batches(lengths: Tensor, batch_size: int, seed: int) -> list[list[int]]:

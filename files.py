@@ -1,22 +1,34 @@
 """The edge to the outside: files, devices, errors. Every other file leans on this one.
 
 Bad input ends in one clear line: `InputError` is for what a user can mend, and `command` turns it
-into that line and exit status 2. Output appears whole or not at all: `replacing` writes under a
-temporary name.
+into that line and exit status 2. What an option or a field of a file may be is said once, by a
+`Kind`. Output appears whole or not at all: `replacing` writes under a temporary name.
 """
 
 import argparse
 import json
 import os
 import re
+import reprlib
+import shutil
+import signal
+import stat
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where no folder is locked
+    fcntl = None
 
 DTYPES = {  # as safetensors calls them
     torch.float32: "F32",
@@ -35,13 +47,111 @@ class InputError(Exception):
     """Something given cannot be used; the message names the file, the field and the remedy."""
 
 
+# ---------------------------------------------------------------- what may be given
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an option or a field of a file may be: in words, as a test, and read from an option.
+
+    Example:
+    >>> 3 in whole(1, 9), True in whole(1, 9), 0.5 in number(0, 1), float("nan") in number(0, 1)
+    (True, False, True, False)
+    """
+
+    words: str
+    test: Callable[[object], bool]
+    parse: Callable[[str], object] = str
+
+    def __contains__(self, x: object) -> bool:
+        return self.test(x)
+
+    def __or__(self, other: "Kind") -> "Kind":
+        return Kind(f"{self.words} or {other.words}", lambda x: x in self or x in other)
+
+    def __call__(self, text: str):
+        """The value of an option: argparse's `type`."""
+        x = None
+        with suppress(ValueError):
+            x = self.parse(text)
+        if x not in self:
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not {self.words}")
+        return x
+
+
+def whole(least: int, most: int) -> Kind:
+    """Whole numbers in a range. To Python True is one too: not here."""
+    words = f"a whole number from {least} to {most}"
+    return Kind(words, lambda x: type(x) is int and least <= x <= most, int)
+
+
+def number(least: float, most: float) -> Kind:
+    """Numbers in a range; NaN and infinity are in none."""
+    words = f"a number from {least:g} to {most:g}"
+    return Kind(words, lambda x: type(x) in (int, float) and least <= x <= most, float)
+
+
+def list_of(kind: Kind) -> Kind:
+    words = f"a list, each {kind.words}"
+    return Kind(words, lambda x: isinstance(x, list) and all(y in kind for y in x))
+
+
+TEXT = Kind("a text", lambda x: isinstance(x, str))
+FLAG = Kind("true or false", lambda x: isinstance(x, bool))
+LIST = Kind("a list", lambda x: isinstance(x, list))
+TABLE = Kind("an object {...}", lambda x: isinstance(x, dict))
+SEED = whole(0, 2**32 - 1)
+REQUIRED = object()
+
+
+class Field(NamedTuple):
+    """A field of a JSON file: what it may be, and what it is where the file has none, or null."""
+
+    kind: Kind
+    default: object = REQUIRED
+
+
+def fields_of(raw: Mapping, table: dict[str, Field], place: str | Path) -> dict:
+    """The fields of an object that a table names. Raises InputError, in which `place` is named.
+
+    Example:
+    >>> fields_of({"layers": 2, "else": 5}, {"layers": Field(whole(1, 9))}, "config.json")
+    {'layers': 2}
+    """
+    found = {}
+    for name, field in table.items():
+        x = raw.get(name)
+        if x is None:
+            x = field.default
+            if x is REQUIRED:
+                raise InputError(f"{place}: {name} is missing; it must be {field.kind.words}")
+        elif x not in field.kind:
+            raise InputError(f"{place}: {name} = {reprlib.repr(x)}; it must be {field.kind.words}")
+        found[name] = x
+    return found
+
+
 # ---------------------------------------------------------------- reading
+
+
+def readable(path: str | Path) -> Path:
+    """The path of a file that can be opened. Raises InputError for one that is not there, for a
+    folder, and for a pipe, which might let us wait for ever.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the path") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: cannot be read (it is a folder, or no plain file)")
+    return Path(path)
 
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, with or without a byte-order mark. Raises InputError."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return readable(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
@@ -50,15 +160,51 @@ def read_text(path: str | Path) -> str:
         ) from None
 
 
-def read_json(path: str | Path, kind: type = object):
-    """The parsed contents of a JSON file. InputError if it is not valid, or not a `kind`."""
-    try:
-        parsed = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    if not isinstance(parsed, kind):
-        raise InputError(f"{path}: holds a {type(parsed).__name__} where a {kind.__name__} belongs")
+def read_json(path: str | Path, kind: Kind):
+    """The parsed contents of a JSON file. InputError if it is not valid, or not of this kind."""
+    parsed = parse_json(read_text(path), path)
+    if parsed not in kind:
+        raise InputError(f"{path}: holds {reprlib.repr(parsed)}; it must be {kind.words}")
     return parsed
+
+
+def read_fields(path: str | Path, table: dict[str, Field]) -> dict:
+    """The fields of a JSON file that a table names, see `fields_of`. Raises InputError."""
+    return fields_of(read_json(path, TABLE), table, path)
+
+
+def parse_json(text: str, path: str | Path, line: int | None = None):
+    """A JSON text, parsed; `line`: its place in a file of many. Raises InputError."""
+
+    def refuse(constant: str):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    place = path if line is None else f"{path}, line {line}"
+    try:
+        parsed = json.loads(text, parse_constant=refuse)
+        # half a character, which JSON can spell and no file can hold
+        if re.search(r"\\u[dD][89abAB]", text):
+            json.dumps(parsed, ensure_ascii=False).encode()
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"{path}, line {line or error.lineno}: not valid JSON ({error.msg})"
+        ) from None
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{place}: has half a character (\\ud800 to \\udfff, alone); write it whole or "
+            "leave it out"
+        ) from None
+    except (ValueError, RecursionError) as error:  # digits by the thousand, lists in lists in ...
+        raise InputError(f"{place}: not valid JSON ({reprlib.repr(str(error))})") from None
+    return parsed
+
+
+def read_lines(path: str | Path) -> list[tuple[int, object]]:
+    """The parsed lines of a .jsonl file, each with its number; empty ones are left out. Raises
+    InputError.
+    """
+    lines = read_text(path).split("\n")  # splitlines() would also split inside a string
+    return [(i, parse_json(line, path, i)) for i, line in enumerate(lines, 1) if line.strip()]
 
 
 def read_texts(path: str | Path) -> list[str]:
@@ -69,23 +215,24 @@ def read_texts(path: str | Path) -> list[str]:
     of 2000 characters.
     """
 
-    def strings(x) -> Iterator[str]:
-        """All strings in a parsed JSON, however deep."""
-        if isinstance(x, str):
-            yield x
-        elif isinstance(x, (list, dict)):
-            for y in x.values() if isinstance(x, dict) else x:
-                yield from strings(y)
+    def strings(parsed) -> list[str]:
+        """All strings in a parsed JSON, however deep, in order."""
+        found, left = [], [parsed]
+        while left:
+            x = left.pop()
+            if isinstance(x, str):
+                found.append(x)
+            elif isinstance(x, (list, dict)):
+                # the last one is looked at first
+                left += reversed(x.values() if isinstance(x, dict) else x)
+        return found
 
-    if str(path).endswith(".json"):
-        texts = [text for text in strings(read_json(path)) if len(text) > 20]
-    elif str(path).endswith(".jsonl"):
-        lines = [line for line in read_text(path).split("\n") if line.strip()]
-        try:
-            records = [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: a line is not valid JSON ({error.msg})") from None
-        texts = [text for text in strings(records) if len(text) > 20]
+    if str(path).endswith((".json", ".jsonl")):
+        if str(path).endswith(".json"):
+            parsed = parse_json(read_text(path), path)
+        else:
+            parsed = [record for _, record in read_lines(path)]
+        texts = [text for text in strings(parsed) if len(text) > 20]
     else:
         texts = [text for text in re.split(r"\n\s*\n", read_text(path)) if text.strip()]
     if not texts:
@@ -93,7 +240,39 @@ def read_texts(path: str | Path) -> list[str]:
     return [text[i : i + 2000] for text in texts for i in range(0, len(text), 2000)]
 
 
+def open_tensors(path: str | Path) -> safe_open:
+    """A safetensors file, opened; a tensor is read when asked for. Raises InputError."""
+    try:
+        return safe_open(readable(path), "pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path}: not a readable safetensors file ({error}); download or make it again"
+        ) from None
+
+
+def check_tensor(file: safe_open, name: str, shape: tuple[int, ...], path: str | Path) -> None:
+    """Raises InputError unless an open file has this tensor, in float32 and of this shape."""
+    try:
+        tensor = file.get_slice(name)
+    except SafetensorError:
+        raise InputError(f"{path}: tensor {name} is missing; the file is damaged") from None
+    found = tensor.get_dtype(), tuple(tensor.get_shape())
+    if found != ("F32", shape):
+        raise InputError(f"{path}: tensor {name} is {found}; it must be {('F32', shape)}")
+
+
 # ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """What goes wrong in the block is told as an InputError about this file."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written ({error.strerror}); check the folder and the free space"
+        ) from None
 
 
 @contextmanager
@@ -102,34 +281,54 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise InputError(
-            f"{path}: cannot be written ({error.strerror}); check the folder and the free space"
-        ) from None
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            clear_temporaries(path.parent)
+            if path.exists() and not path.is_file():
+                raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
+            yield temporary
+            # on the disk, before what it replaces is gone
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        remove(temporary)
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Removes what writers have left in a folder that were killed."""
+    for temporary in folder.glob(".*.tmp"):
+        process = temporary.name.split(".")[-2]
+        if process.isdecimal() and not is_alive(int(process)):
+            remove(temporary)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine is running."""
+    if os.name != "posix":
+        return True  # elsewhere asking would end it
+    try:
+        os.kill(process, 0)  # asks only
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Writes a text file whole or not at all. Raises InputError."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def open_tensors(path: str | Path) -> safe_open:
-    """A safetensors file, opened; a tensor is read when asked for. Raises InputError."""
-    try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path}: not a readable safetensors file ({error}); download or make it again"
-        ) from None
 
 
 def save_tensors(
@@ -173,6 +372,98 @@ def writable_folder(path: str | Path) -> Path:
         temporary.touch()
     (Path(path) / ".writable").unlink(missing_ok=True)  # another rank may have been faster
     return Path(path)
+
+
+@contextmanager
+def own_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
+    """A folder that belongs to this process until the block ends, made if it is not there.
+
+    marks: names of which a folder of ours has one. Raises InputError for a folder with files of
+    others, for one that another process has, and for one that cannot be written to.
+    """
+    path = Path(path)
+    held = []
+    if path.is_dir():
+        held = [file.name for file in path.iterdir() if not file.name.endswith(".tmp")]
+    if held and not set(marks) & set(held):
+        raise InputError(
+            f"{path}: holds files that are not from here ({min(held)}); give a folder that is new "
+            "or empty"
+        )
+    writable_folder(path)
+
+    # a lock on the folder itself, which ends with the process, however that ends
+    if fcntl is None:
+        yield path
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"{path}: another run is writing there; wait for it, or give another folder"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield path
+    finally:
+        os.close(folder)
+
+
+def refuse_overwriting(outputs: dict[str, object], inputs: dict[str, object]) -> None:
+    """Raises InputError if what is to be written is what is read, by whatever path.
+
+    outputs, inputs: option → path; None: not given.
+    """
+    for output, target in outputs.items():
+        for option, source in inputs.items():
+            if target is None or source is None:
+                continue
+            if os.path.realpath(target) == os.path.realpath(source):
+                raise InputError(
+                    f"--{output} and --{option} are the same, {target}: it would be overwritten; "
+                    f"give another --{output}"
+                )
+
+
+# ---------------------------------------------------------------- strangers' programs
+
+
+class Late(BaseException):
+    """Time is up. An `except Exception` in between does not stop it."""
+
+
+@contextmanager
+def limited(seconds: float, memory: int) -> Iterator[None]:
+    """The block may take so long, and so many bytes more than there are: else it ends with a
+    TimeoutError or a MemoryError. For chat templates, which are programs of strangers.
+
+    Only Linux has such limits, and only in the main thread; elsewhere there are none.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if sys.platform != "linux" or not in_main:
+        yield
+        return
+    import resource
+
+    def late(*_):
+        raise Late
+
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    most = min([taken + memory, *(limit for limit in before if limit >= 0)])
+    handler = signal.signal(signal.SIGALRM, late)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    except Late:
+        raise TimeoutError(f"it takes more than {seconds} seconds") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 # ---------------------------------------------------------------- devices
@@ -226,6 +517,21 @@ def peak_memory(device: torch.device) -> float:
 # ---------------------------------------------------------------- command lines
 
 
+class Parser(argparse.ArgumentParser):
+    """A command line of which each fault is one line, like all others."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+    def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
+        args = super().parse_args(argv, namespace)
+        for name, given_to_it in vars(args).items():
+            words = given_to_it if isinstance(given_to_it, list) else [given_to_it]
+            if any(word == "" for word in words):
+                raise InputError(f"{name}: an empty text was given; leave it out, or fill it in")
+        return args
+
+
 def given(args: argparse.Namespace, *names: str) -> list[str]:
     """Those of the options that the command line has; None and False are no option, 0 is one.
 
@@ -243,25 +549,71 @@ def given(args: argparse.Namespace, *names: str) -> list[str]:
 
 def command(main: Callable[[], None]) -> None:
     """Runs a script's `main`: what the user can mend becomes one line and exit status 2."""
+    repair_streams()
     if torchrun():
         from extras.sharding import ranks
 
         main = ranks()(main)  # a context manager, here as a decorator: main runs inside it
     try:
         main()
+        sys.stdout.flush()  # what cannot be written is told here, not by Python as it ends
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError:
-        print(
-            "error: the device is out of memory; lower --micro_batch_size or --max_length "
-            "(training), --batch_size or --max_new_tokens (sampling), or choose --dtype bfloat16",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        fail(str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        fail(OUT_OF_MEMORY)
     except BrokenPipeError:  # whoever read it, `head` say, has had enough
-        # stdout now leads nowhere, or Python's flush at exit would raise the error again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         sys.exit(1)
+    except OSError as error:
+        lead_nowhere(sys.stdout)
+        fail(f"{error.filename or 'the output'}: {error.strerror}")
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # so PyTorch says it of host memory
+            raise
+        fail(OUT_OF_MEMORY)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+OUT_OF_MEMORY = (
+    "out of memory; lower --micro_batch_size or --max_length (training), --batch_size or "
+    "--max_new_tokens (sampling), or choose --dtype bfloat16"
+)
+
+
+def fail(message: str) -> None:
+    """One line on stderr, whatever the message holds, and exit status 2."""
+    print("error: " + visible(" ".join(message.split())), file=sys.stderr)
+    sys.exit(2)
+
+
+def repair_streams() -> None:
+    """A stream that was closed leads nowhere; a terminal without our letters gets their numbers;
+    typed bytes that are no text are told from text later, where a line can be refused.
+    """
+    streams = (("stdin", "surrogateescape"), ("stdout", "backslashreplace"))
+    for name, errors in (*streams, ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+
+
+def lead_nowhere(stream) -> None:
+    """What is still unwritten is dropped, or Python's flush at exit would raise the error again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def visible(text: str) -> str:
+    """A text whose control characters, which could do things to a terminal, are spelt out.
+
+    Example:
+    >>> visible("red: " + chr(27) + "[31m")
+    'red: \\\\x1b[31m'
+    """
+    return CONTROL.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+# all but tab and newline; and those that turn the direction of writing around
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")

@@ -13,9 +13,12 @@ Shapes: B batch, T time, S cache slots that are looked at, H hidden, I inside an
 of a token N queries and K keys (and values), G = N / K queries to a key, D the width of each.
 """
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,17 +29,76 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from files import InputError, open_tensors, read_json, save_tensors, write_text
+from files import (
+    FLAG,
+    TABLE,
+    TEXT,
+    Field,
+    InputError,
+    clear_temporaries,
+    fields_of,
+    list_of,
+    number,
+    open_tensors,
+    read_fields,
+    read_json,
+    readable,
+    remove,
+    save_tensors,
+    whole,
+    write_text,
+    writing,
+)
 
 TILE = 8  # attention masks are this many slots wide, or a multiple: kernels want them aligned
 SHARD_BYTES = 5 * 2**30  # a saved model is split into files of about this size, as on the Hub
 # what a value model may read; all but the first: extras/connections.py
 CONNECTIONS = ("residual", "cascade", "cascade+", "probe")
-ROPE_NUMBERS = {  # the kinds of RoPE, and the numbers that each needs in config.json
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+
+# what config.json must hold: the shape, within bounds that no Llama comes near
+SIZE = whole(1, 2**24)
+TOKEN = whole(0, 2**24)
+TOKENS = TOKEN | list_of(TOKEN)
+SHAPE = {
+    "vocab_size": Field(SIZE),
+    "hidden_size": Field(SIZE),
+    "intermediate_size": Field(SIZE),
+    "num_hidden_layers": Field(whole(1, 1024)),
+    "num_attention_heads": Field(SIZE),
+    "num_key_value_heads": Field(SIZE, None),
+    "head_dim": Field(SIZE, None),
+    "max_position_embeddings": Field(whole(1, 2**30), 2048),
+    "rms_norm_eps": Field(number(0, 1), 1e-6),
+    "rope_theta": Field(number(1, 1e12), None),
+    "tie_word_embeddings": Field(FLAG, False),
+    "bos_token_id": Field(TOKENS, None),
+    "eos_token_id": Field(TOKENS, None),
 }
+ROPE = {"rope_parameters": Field(TABLE, None), "rope_scaling": Field(TABLE, None)}
+FACTOR = Field(number(1e-3, 1e6))
+ROPE_NUMBERS = {  # the kinds of RoPE, and the numbers that each needs
+    "default": {},
+    "linear": {"factor": FACTOR},
+    "llama3": {
+        "factor": FACTOR,
+        "low_freq_factor": FACTOR,
+        "high_freq_factor": FACTOR,
+        "original_max_position_embeddings": Field(whole(1, 2**30)),
+    },
+}
+# what is read of a saved model, here or by transformers: a new one leaves none of the old one's
+MODEL_FILES = (
+    "config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "generation_config.json",
+    "README.md",
+)
+PIECES, PIECE = 64, 2**20  # of a large file a fingerprint looks at so many pieces of so many bytes
 
 
 # ---------------------------------------------------------------- configuration
@@ -65,7 +127,7 @@ class Config:
     def load(cls, directory: str | Path) -> "Config":
         """Reads `directory/config.json`. Raises InputError for what this network does not have."""
         path = Path(directory) / "config.json"
-        raw = read_json(path, dict)
+        raw = read_json(path, TABLE)
 
         # what another network would have is refused by its name
         supported = {
@@ -83,49 +145,36 @@ class Config:
                     f"(only {allowed[0]!r}); choose a plain Llama model"
                 )
 
-        def positive(field: str, default: int | None = None) -> int:
-            number = raw.get(field)
-            if number is None:
-                number = default
-            if not isinstance(number, int) or number <= 0:
-                raise InputError(f"{path}: {field} = {number!r}; it must be a positive integer")
-            return number
-
         # the shape; older files leave out what follows from the rest
-        query_heads = positive("num_attention_heads")
-        hidden = positive("hidden_size")
-        config = cls(
-            vocab_size=positive("vocab_size"),
-            hidden_size=hidden,
-            intermediate_size=positive("intermediate_size"),
-            num_hidden_layers=positive("num_hidden_layers"),
-            num_attention_heads=query_heads,
-            num_key_value_heads=positive("num_key_value_heads", query_heads),
-            head_dim=positive("head_dim", hidden // query_heads),
-            max_position_embeddings=positive("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=raw.get("eos_token_id"),
-        )
-        if query_heads % config.num_key_value_heads:
+        shape = fields_of(raw, SHAPE, path)
+        heads = shape["num_attention_heads"]
+        shape["num_key_value_heads"] = shape["num_key_value_heads"] or heads
+        shape["head_dim"] = shape["head_dim"] or shape["hidden_size"] // heads
+        if isinstance(shape["bos_token_id"], list):
+            shape["bos_token_id"] = shape["bos_token_id"][0] if shape["bos_token_id"] else None
+        if heads % shape["num_key_value_heads"]:
             raise InputError(
                 f"{path}: num_attention_heads must be a multiple of num_key_value_heads"
             )
+        if shape["head_dim"] % 2 or not shape["head_dim"]:
+            raise InputError(f"{path}: head_dim = {shape['head_dim']}; RoPE needs an even number")
 
         # RoPE: the new spelling, else the old one
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        config.rope_theta = float(rope.pop("rope_theta", raw.get("rope_theta") or 10000.0))
+        spelt = fields_of(raw, ROPE, path)
+        rope = dict(spelt["rope_parameters"] or spelt["rope_scaling"] or {})
+        theta = fields_of(rope, {"rope_theta": SHAPE["rope_theta"]}, path)["rope_theta"]
+        shape["rope_theta"] = float(theta or shape["rope_theta"] or 10000.0)
+        rope.pop("rope_theta", None)
         kind = rope.setdefault("rope_type", rope.pop("type", "default"))
-        if kind not in ROPE_NUMBERS:
+        if kind not in [*ROPE_NUMBERS]:
             raise InputError(
                 f"{path}: rope_type = {kind!r} is not supported (only {', '.join(ROPE_NUMBERS)})"
             )
-        for field in ROPE_NUMBERS[kind]:
-            if not isinstance(rope.get(field), (int, float)):
-                raise InputError(f"{path}: RoPE of type {kind!r} needs the number {field!r}")
-        config.rope_scaling = None if kind == "default" else rope
-        return config
+        numbers = fields_of(rope, ROPE_NUMBERS[kind], f"{path}: RoPE of type {kind!r}")
+        if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+            raise InputError(f"{path}: RoPE's low_freq_factor must be below its high_freq_factor")
+        shape["rope_scaling"] = None if kind == "default" else rope
+        return cls(**shape)
 
     def save(self, directory: str | Path, dtype: torch.dtype) -> None:
         """Writes `config.json` with both the old and the new spelling of RoPE and dtype."""
@@ -563,10 +612,16 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory, by its index if there is one. Raises InputError."""
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        weight_map = read_json(index, dict).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise InputError(f"{index}: has no 'weight_map'; download the index again")
-        return sorted({directory / name for name in weight_map.values()})
+        names = set()
+        for name in read_fields(index, {"weight_map": Field(TABLE)})["weight_map"].values():
+            # a plain name: an index from a stranger is not to lead anywhere else
+            if name not in TEXT or Path(name).name != name or not name.endswith(".safetensors"):
+                raise InputError(
+                    f"{index}: weight_map leads to {name!r}, which is no .safetensors file beside "
+                    "it; download the index again"
+                )
+            names.add(name)
+        return [directory / name for name in sorted(names)]
     file = directory / "model.safetensors"
     if not file.exists() and list(directory.glob("*.bin")):
         raise InputError(
@@ -579,11 +634,12 @@ def weight_files(directory: Path) -> list[Path]:
 def stored_tensors(directory: Path, views: dict[str, Tensor]) -> Iterator[tuple]:
     """The name of each tensor of `views`, and a lazy slice of its file: slice[:] reads it.
 
-    Raises InputError for a tensor too many, too few, or of another shape.
+    Raises InputError, before anything is read, for a tensor too many, too few, or of another shape.
     """
-    missing = set(views)
+    place: dict[str, Path] = {}
     for file in weight_files(directory):
-        for name in open_tensors(file).keys():
+        tensors = open_tensors(file)
+        for name in tensors.keys():
             # RoPE's angles are computed, and a tied lm_head is the embedding
             if name.endswith("rotary_emb.inv_freq") or (
                 name == "lm_head.weight" and name not in views
@@ -593,20 +649,38 @@ def stored_tensors(directory: Path, views: dict[str, Tensor]) -> Iterator[tuple]
                 raise InputError(
                     f"{file}: tensor {name} has no place in the model that config.json describes"
                 )
-            # opened anew for each tensor: what was read of the last one leaves the memory
-            tensor = open_tensors(file).get_slice(name)
+            if name in place:
+                raise InputError(f"{file}: tensor {name} is in {place[name].name} too")
+            tensor = tensors.get_slice(name)
             shape = tuple(tensor.get_shape())
             if shape != hf_shape(views[name]):
                 raise InputError(
                     f"{file}: tensor {name} has shape {shape}; config.json asks for "
                     f"{hf_shape(views[name])}"
                 )
-            missing.discard(name)
-            yield name, tensor
+            if tensor.get_dtype() not in ("F64", "F32", "BF16", "F16"):
+                raise InputError(
+                    f"{file}: tensor {name} is of type {tensor.get_dtype()}; only plain floats are "
+                    "read (F32, BF16, F16)"
+                )
+            place[name] = file
+    missing = set(views) - set(place)
     if missing:
         raise InputError(
             f"{directory}: tensor {min(missing)} is in none of its safetensors files "
             f"({len(missing)} missing)"
+        )
+    # opened anew for each tensor: what was read of the last one leaves the memory
+    return ((name, open_tensors(file).get_slice(name)) for name, file in place.items())
+
+
+def check_weight(name: str, weight: Tensor, directory: str | Path) -> None:
+    """Raises InputError for a weight that has NaN or infinity."""
+    # a sum takes no memory, and is finite only if all is
+    if not weight.sum().isfinite() and not weight.isfinite().all():
+        raise InputError(
+            f"{directory}: tensor {name} has numbers that are not finite (NaN or infinity); "
+            "download or train the model again"
         )
 
 
@@ -620,10 +694,12 @@ def load(
     """
     with torch.device("meta"):
         model = Llama(Config.load(directory))
+    tensors = stored_tensors(Path(directory), hf_views(model))  # checked before memory is taken
     allocate(model, device, dtype)
     views = hf_views(model)
-    for name, tensor in stored_tensors(Path(directory), views):
+    for name, tensor in tensors:
         views[name].copy_(tensor[:].view(views[name].shape))
+        check_weight(name, views[name], directory)
     return model
 
 
@@ -676,12 +752,61 @@ def save(
         write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
+@contextmanager
+def replacing_model(directory: str | Path) -> Iterator[Path]:
+    """Gives an empty folder; what it holds at the end of the block takes the place of the model in
+    `directory`, tokenizer and all. After an error the old model stands. Raises InputError.
+    """
+    directory = Path(directory)
+    new = directory / f".model.{os.getpid()}.tmp"
+    try:
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            clear_temporaries(directory)
+            new.mkdir()
+            yield new
+
+            # without config.json nothing here is taken for a model: so none is ever half the old
+            # one and half the new one
+            (directory / "config.json").unlink(missing_ok=True)
+            for pattern in MODEL_FILES:
+                for old in directory.glob(pattern):
+                    if not (new / old.name).exists():
+                        old.unlink()
+            last = ["config.json", "README.md"]
+            names = [file.name for file in new.iterdir() if file.name not in last]
+            for name in names + last:
+                os.replace(new / name, directory / name)
+    finally:
+        remove(new)
+
+
+def fingerprint(directory: str | Path) -> str:
+    """What tells a model from others: a hash of its `config.json` and its weights.
+
+    Of a weight file larger than 64 MB only 64 pieces of 1 MB count, spread evenly over it.
+    """
+    hashed = hashlib.sha256()
+    for file in [Path(directory) / "config.json", *weight_files(Path(directory))]:
+        with open(readable(file), "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            hashed.update(f"{file.name} {size} ".encode())
+            if size <= PIECES * PIECE:
+                hashed.update(opened.read())
+                continue
+            for i in range(PIECES):
+                opened.seek(i * (size - PIECE) // (PIECES - 1))
+                hashed.update(opened.read(PIECE))
+    return hashed.hexdigest()
+
+
 def recorded_connection(directory: str | Path) -> str:
     """How a value model is joined to its base, by its `config.json`; any Llama can serve as a
     residual one. Raises InputError for an unknown connection.
     """
     path = Path(directory) / "config.json"
-    connection = read_json(path, dict).get("ivl_connection", "residual")
+    field = Field(TEXT, "residual")
+    connection = read_fields(path, {"ivl_connection": field})["ivl_connection"]
     if connection not in CONNECTIONS:
         raise InputError(
             f"{path}: ivl_connection = {connection!r} is none of {', '.join(CONNECTIONS)}"

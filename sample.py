@@ -27,15 +27,21 @@ from tqdm import tqdm
 
 from data import TEMPLATES, TextStream, Tokenizer, read_chats
 from files import (
+    SEED,
     InputError,
+    Parser,
     command,
     given,
     main_process,
+    number,
     peak_memory,
     pick_device,
     pick_dtype,
     read_text,
+    refuse_overwriting,
     torchrun,
+    visible,
+    whole,
     writable_folder,
     write_text,
 )
@@ -191,13 +197,25 @@ class Speaker:
     # ------------------------------------------------------------ prompts
 
     def prompt(self, messages: list[dict]) -> list[int]:
-        """The ids to answer. A chat that has outgrown the context loses its oldest exchanges."""
+        """The ids to answer. A chat that has outgrown the context loses its oldest exchanges, and a
+        notice says so; a quarter of the context is kept free for the reply.
+        """
         ids = self.tokenizer.prompt(messages)
-        while self.length(ids) + self.args.max_new_tokens > self.context and len(messages) > 2:
-            begin = 1 if messages[0]["role"] == "system" else 0  # a system message stays
-            messages = messages[:begin] + messages[begin + 2 :]
-            ids = self.tokenizer.prompt(messages)
-        return self.fitting(ids)
+        room = min(self.args.max_new_tokens, self.context // 4)
+        system = [message for message in messages[:1] if message["role"] == "system"]
+        turns = messages[len(system) :]
+        while self.length(ids) + room > self.context:
+            # what is left begins with a question again
+            questions = [i for i, turn in enumerate(turns) if i and turn["role"] == "user"]
+            if not questions:
+                break
+            turns = turns[questions[0] :]
+            ids = self.tokenizer.prompt(system + turns)
+        ids = self.fitting(ids)
+        forgotten = len(messages) - len(system) - len(turns)
+        if forgotten:
+            print(f"(too long: the first {forgotten} messages are not read)", file=sys.stderr)
+        return ids
 
     def length(self, ids: list[int]) -> int:
         """The tokens of a text, in the vocabulary that needs more."""
@@ -205,6 +223,8 @@ class Speaker:
 
     def fitting(self, ids: list[int]) -> list[int]:
         """Gives `ids` back. Raises InputError if no reply fits, or if a model lacks a token."""
+        if not ids:
+            raise InputError("the prompt is empty, and this tokenizer puts nothing in front of it")
         length = self.length(ids)
         if length >= self.context:
             raise InputError(
@@ -234,6 +254,7 @@ class Speaker:
     def say(self, prompt: list[int], raw: bool = False) -> str:
         """Streams one reply to stdout and its speed to stderr. Ctrl-C ends the reply."""
         stream = TextStream(self.tokenizer, prompt if raw else ())
+        shown = visible if sys.stdout.isatty() else str  # a reply is not to command a terminal
         text, n = "", 0
         start = time.perf_counter()
         try:
@@ -243,11 +264,11 @@ class Speaker:
                 if not text and not raw:
                     piece = piece.lstrip()  # the space between question and answer
                 text += piece
-                print(piece, end="", flush=True)
+                print(shown(piece), end="", flush=True)
         except KeyboardInterrupt:
             pass
         rest = stream.rest()
-        print(rest)
+        print(shown(rest))
         text += rest
 
         seconds = time.perf_counter() - start
@@ -328,7 +349,8 @@ def chat(speaker: Speaker) -> None:
 def read_prompts(path: str) -> list[list[dict]]:
     """Chats to be answered: a chat file (without last replies), or a text file, line by line."""
     if not path.endswith((".json", ".jsonl")):
-        lines = [line for line in read_text(path).splitlines() if line.strip()]
+        # at newlines only: splitlines() would also split at what a text may hold
+        lines = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
         if not lines:
             raise InputError(f"{path}: holds no prompts")
         return [[{"role": "user", "content": line}] for line in lines]
@@ -342,13 +364,21 @@ def read_prompts(path: str) -> list[list[dict]]:
 
 
 def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -> None:
-    """Answers many prompts, in batches of similar length; a JSON object a line, in order."""
+    """Answers many prompts, in batches of similar length; a JSON object a line, in order. Raises
+    InputError, in the end, if some could not be answered: their lines say why.
+    """
     chats = read_prompts(path)
-    prompts = [speaker.prompt(messages) for messages in chats]
-    lines = [""] * len(chats)
-    order = sorted(range(len(chats)), key=lambda i: len(prompts[i]))
+    entries = [{"prompt": messages[-1]["content"]} for messages in chats]
+    prompts = {}
+    for i, messages in enumerate(chats):
+        try:
+            prompts[i] = speaker.prompt(messages)
+        except InputError as error:
+            entries[i]["error"] = str(error)
+
+    order = sorted(prompts, key=lambda i: len(prompts[i]))
     start, total = time.perf_counter(), 0
-    with tqdm(total=len(chats), unit=" replies", disable=None) as bar:
+    with tqdm(total=len(order), unit=" replies", disable=None) as bar:
         for k in range(0, len(order), batch_size):
             rows = order[k : k + batch_size]
             # steps of B ids, turned into B columns: a reply each
@@ -358,22 +388,25 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
                 total += len(ids)
                 stream = TextStream(speaker.tokenizer)
                 reply = "".join(map(stream.step, ids)) + stream.rest()
-                lines[i] = json.dumps(
-                    {
-                        "prompt": chats[i][-1]["content"],
-                        "reply": reply.strip(),
-                        "tokens": len(ids),
-                        "stopped": ids[-1] in speaker.tokenizer.stop,
-                    },
-                    ensure_ascii=False,
-                )
+                entries[i] |= {
+                    "reply": reply.strip(),
+                    "tokens": len(ids),
+                    "stopped": ids[-1] in speaker.tokenizer.stop,
+                }
             bar.update(len(rows))
     seconds = time.perf_counter() - start
-    print(f"{len(chats)} replies, {total / seconds:.1f} tok/s", file=sys.stderr)
+    print(f"{len(order)} replies, {total / seconds:.1f} tok/s", file=sys.stderr)
+
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     if out is None:
-        print("\n".join(lines))
+        print(lines, end="")
     elif main_process():
-        write_text(out, "\n".join(lines) + "\n")
+        write_text(out, lines)
+    if len(order) < len(chats):
+        raise InputError(
+            f"{path}: {len(chats) - len(order)} of {len(chats)} prompts have no reply; their "
+            "lines say why, under 'error'"
+        )
 
 
 # ---------------------------------------------------------------- command line
@@ -381,9 +414,7 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, checked. Defaults are filled in last: until then None is "not given"."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="without it: a chat")
     add = parser.add_argument_group("models").add_argument
     add("--base", help=f"Hugging Face directory of the base ({TOY}/large)")
@@ -402,17 +433,23 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--html", metavar="FILE", help="--explain, and as a page")
     add("--raw", action="store_true", help="no chat template: go on with the text as it stands")
     add = parser.add_argument_group("how to choose tokens").add_argument
-    add("--alpha", type=float, help="strength of the value model (1.0: the paper)")
+    add("--alpha", type=number(-1e6, 1e6), help="strength of the value model (1.0: the paper)")
     add("--greedy", action="store_true", help="always the likeliest token")
-    add("--temperature", type=float, help="0 is greedy (0.7)")
-    add("--top_k", type=int, help="only the k likeliest tokens (0: all)")
-    add("--top_p", type=float, help="only the likeliest tokens of total probability p (1.0: all)")
-    add("--seed", type=int, help="the same seed gives the same replies, in batches of one size (0)")
-    add("--max_new_tokens", type=int, help="at most, and never past the context (512)")
+    add("--temperature", type=number(0, 1e6), help="0 is greedy (0.7)")
+    add("--top_k", type=whole(0, 10**9), help="only the k likeliest tokens (0: all)")
+    add(
+        "--top_p",
+        type=number(1e-6, 1),
+        help="only the likeliest tokens of total probability p (1.0: all)",
+    )
+    add(
+        "--seed", type=SEED, help="the same seed gives the same replies, in batches of one size (0)"
+    )
+    add("--max_new_tokens", type=whole(1, 10**9), help="at most, and never past the context (512)")
     add = parser.add_argument_group("many at once").add_argument
     add("--prompts", help=".jsonl or .json of chats, or a text file with a question per line")
     add("--out", help="where the replies go, as .jsonl (default: stdout)")
-    add("--batch_size", type=int, help="prompts at a time (16)")
+    add("--batch_size", type=whole(1, 10**6), help="prompts at a time (16)")
     add = parser.add_argument_group("with what").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add(
@@ -453,14 +490,7 @@ def toy_by_default(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises InputError for numbers out of range and for options that cannot take effect."""
-    ranges = (("max_new_tokens", 1), ("batch_size", 1), ("top_k", 0), ("temperature", 0))
-    for name, least in ranges:
-        number = getattr(args, name)
-        if number is not None and number < least:
-            raise InputError(f"--{name} = {number}; it must be at least {least}")
-    if args.top_p is not None and not 0 < args.top_p <= 1:
-        raise InputError(f"--top_p = {args.top_p}; it must be above 0 and at most 1")
+    """Raises InputError for options that cannot take effect."""
 
     def refuse(names: str, why: str) -> None:
         for name in given(args, *names.split()):
@@ -493,7 +523,9 @@ def check(args: argparse.Namespace) -> None:
         )
     if torchrun() and args.explain:
         raise InputError("--explain looks at all logits at once: leave out torchrun")
-    for file in filter(None, (args.out, args.html)):
+    for name in given(args, "out", "html"):
+        file = getattr(args, name)
+        refuse_overwriting({name: file}, {"prompts": args.prompts, "map": args.map})
         writable_folder(Path(file).parent)
 
 

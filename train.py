@@ -8,14 +8,18 @@
     torchrun --nproc_per_node 4 train.py --base DIR ...             # on four GPUs
 
 DIRs are Hugging Face directories; --value DIR gives the weights to start from. A run that was
-stopped goes on, step for step, with the same command and --resume. The losses of all steps are in
-OUT/log.jsonl.
+stopped, by Ctrl-C or in whatever way, goes on, step for step, with the same command and --resume.
+The losses of all steps are in OUT/log.jsonl.
 """
 
 import argparse
 import json
 import math
 import os
+import shlex
+import signal
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
@@ -28,21 +32,48 @@ from tqdm import tqdm
 
 from data import TEMPLATES, Batch, Chats, Tokenizer, epoch_batches, tokenize
 from files import (
+    SEED,
+    TABLE,
+    TEXT,
+    Field,
     InputError,
+    Parser,
+    check_tensor,
     command,
+    fields_of,
     given,
+    number,
     open_tensors,
+    own_folder,
+    parse_json,
     pick_device,
     pick_dtype,
+    read_text,
+    refuse_overwriting,
     save_tensors,
     torchrun,
-    writable_folder,
+    whole,
     write_text,
+    writing,
 )
 from ivl import shared_vocabulary, two_headed_loss
-from model import CONNECTIONS, Config, Llama, load, recorded_connection, save
+from model import (
+    CONNECTIONS,
+    Config,
+    Llama,
+    fingerprint,
+    load,
+    recorded_connection,
+    replacing_model,
+    save,
+)
 
 BILLION = 10**9
+COUNT = whole(1, 10**9)
+CHECKPOINT = "checkpoint.safetensors"  # in OUT, as long as a run is not complete
+FORMAT = "ivl checkpoint 2"
+FINGERPRINTS = ("base", "value", "teacher", "chats")  # what a checkpoint knows by a hash
+LOGGED = {"run": Field(TEXT), "step": Field(whole(0, 2**53))}  # of each line of OUT/log.jsonl
 # on CUDA a batch's T is padded up to a multiple of this: every new shape costs time
 ALIGNED = 128
 
@@ -216,28 +247,31 @@ def train(
     save_every: int = 500,
     autocast=FULL_PRECISION,
     name: str = "value",
+    origin: dict | None = None,
 ) -> None:
     """Trains `value` in place to lower CE(z_post) + λ norm term.
 
     bases: the frozen base of each step, or None for it: then `value` is trained by itself.
     batch_loss: the loss of a part of a batch, called as `forward` is.
     out, name: the folder of log and checkpoint, and what the log calls this run.
-    Each step's losses go to out/log.jsonl; every `save_every` steps all that the rest of the run
-    depends on goes to out/checkpoint.safetensors, which is removed when the run is complete.
-    Raises InputError for too few chats.
+    origin: what else the numbers come from, see `origin_of`; a checkpoint remembers it.
+    Each step's losses go to out/log.jsonl. After every `save_every` steps, after an epoch, and when
+    the run is to stop, all that the rest of it depends on goes to out/checkpoint.safetensors.
+    Raises InputError for too few chats and for losses that are no numbers, KeyboardInterrupt when
+    it was stopped.
     """
     device = value.unembed.device
     align = ALIGNED if device.type == "cuda" else 1
     held_rows, batches = split(chats, settings)
     steps = len(batches)
     optimizer = adamw(value, settings)
-    checkpoint = out / "checkpoint.safetensors"
-    start = 0
-    if resume:
-        start = load_checkpoint(checkpoint, value, optimizer, settings, chats, machine)
+    checkpoint = Checkpoint(
+        out, value, optimizer, made_with(settings, chats, origin, name), steps, machine
+    )
+    start = checkpoint.load() if resume else 0
 
-    def measure_held_out(step: int) -> float:
-        return held_out_loss(
+    def note_held_out(step: int) -> None:
+        nats = held_out_loss(
             bases.at(step, steps),
             value,
             chats.plain(),
@@ -246,13 +280,16 @@ def train(
             autocast,
             machine,
         )
+        check_finite(checkpoint, f"step {step}, held-out chats", held_out_loss=nats)
+        log.note(step=step, held_out_loss=nats)
 
     with (
         Log(out / "log.jsonl", name, start, machine.writes) as log,
+        Stop() as stop,
         tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar,
     ):
         if start == 0:
-            log.note(step=0, held_out_loss=measure_held_out(0))
+            note_held_out(0)
         for step in range(start, steps):
             # 1) the two denominators, counted over the whole batch before it is cut into parts: so
             #    the parts' gradients add up to the batch's
@@ -265,16 +302,20 @@ def train(
             sums = torch.zeros(2, device=device)  # cross-entropy, norm term
             for part in machine.parts(rows, settings.micro_batch_size):
                 batch = chats.batch(part, device, norm_width, align)
-                loss, part_sums = batch_loss(
+                part_loss, part_sums = batch_loss(
                     bases.at(step, steps), value, batch, autocast, 1 / n, settings.lam / norm_count
                 )
-                loss.backward()
+                part_loss.backward()
                 sums += part_sums
-            total, total_norm = machine.total(*sums.tolist())
+            total, total_norm, stopped = machine.total(*sums.tolist(), float(stop.asked))
+            loss, norm = total / n, total_norm / norm_count
 
-            # 3) one step of AdamW
+            # 3) one step of AdamW, unless something is no number any more
             grad_norm = torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip)
             grad_norm = machine.whole(grad_norm).item()
+            numbers = dict(loss=loss, norm=norm, gradient=grad_norm)
+            entries = [int(chats.entry[i]) + 1 for i in chats.members(rows)]
+            check_finite(checkpoint, f"step {step}, chats {entries} of the file", **numbers)
             lr = settings.lr * rate(step, steps, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -282,23 +323,29 @@ def train(
             optimizer.zero_grad()
 
             # 4) what came of it
-            log.note(
-                step=step,
-                loss=total / n,
-                norm=total_norm / norm_count,
-                gradient=grad_norm,
-                lr=lr,
-                targets=chats.count_targets(rows),
-            )
-            bar.set_postfix(loss=f"{total / n:.3f}", norm=f"{total_norm / norm_count:.3f}")
+            log.note(step=step, **numbers, lr=lr, targets=chats.count_targets(rows))
+            bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.3f}")
             bar.update()
 
-            # 5) at the end of an epoch, and now and then for the case that the run is stopped
-            if (step + 1) % (steps // settings.epochs) == 0:
-                log.note(step=step, held_out_loss=measure_held_out(step))
-            if (step + 1) % save_every == 0 and step + 1 < steps:
-                save_checkpoint(checkpoint, value, optimizer, settings, step + 1, chats, machine)
-    checkpoint.unlink(missing_ok=True)
+            # 5) the held-out loss at the end of an epoch; and a checkpoint then, now and then, and
+            #    when somebody wants to stop
+            epoch_ends = (step + 1) % (steps // settings.epochs) == 0
+            if epoch_ends:
+                note_held_out(step)
+            if epoch_ends or (step + 1) % save_every == 0 or stopped:
+                checkpoint.save(step + 1)
+            if stopped and step + 1 < steps:
+                raise KeyboardInterrupt
+
+
+def check_finite(checkpoint: "Checkpoint", where: str, **numbers: float) -> None:
+    """Raises InputError if a number of a run is NaN or infinite: then all later ones would be."""
+    for name, x in numbers.items():
+        if not math.isfinite(x):
+            raise InputError(
+                f"{where}: {name} = {x}, so the training has failed; nothing of it is saved, "
+                f"{checkpoint.last()}; look at these chats, or lower --lr"
+            )
 
 
 def split(chats: Chats, settings: Settings) -> tuple[list[int], list[list[int]]]:
@@ -370,28 +417,38 @@ def held_out_loss(
 
 class Log:
     """OUT/log.jsonl, one JSON object a line; without this run's lines from step `start` on, which
-    are written again. Other runs' lines stay.
+    are written again. Other runs' lines stay. Raises InputError.
     """
 
     def __init__(self, path: Path, run: str, start: int, writes: bool):
+        self.path = path
         self.run = run
         if writes:
-            self.keep(path, start)
-        self.file = open(path if writes else os.devnull, "a")
+            self.keep(start)
+        with writing(path):
+            self.file = open(path if writes else os.devnull, "a")
 
-    def keep(self, path: Path, start: int) -> None:
+    def keep(self, start: int) -> None:
         """Rewrites the file with the lines that stay."""
-        text = path.read_text() if path.exists() else ""
+        lines = []
+        if self.path.exists():
+            lines = read_text(self.path).split("\n")[:-1]  # what follows is half a line, or nothing
         kept = []
-        for line in text.split("\n")[:-1]:  # the last is empty, or what a crash has left of a line
-            entry = json.loads(line)
-            if entry["run"] != self.run or entry["step"] < start:
+        for i, line in enumerate(lines, 1):
+            entry = parse_json(line, self.path, i)
+            if entry not in TABLE:
+                raise InputError(
+                    f"{self.path}, line {i}: is none of train.py's; move the file away"
+                )
+            fields = fields_of(entry, LOGGED, f"{self.path}, line {i}")
+            if fields["run"] != self.run or fields["step"] < start:
                 kept.append(json.dumps(entry) + "\n")
-        write_text(path, "".join(kept))
+        write_text(self.path, "".join(kept))
 
     def note(self, **entry) -> None:
-        self.file.write(json.dumps({"run": self.run, **entry}) + "\n")
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps({"run": self.run, **entry}) + "\n")
+            self.file.flush()
 
     def __enter__(self) -> "Log":
         return self
@@ -400,66 +457,129 @@ class Log:
         self.file.close()
 
 
+class Stop:
+    """Ctrl-C and SIGTERM, noted in the place of ending the program: a step can end first. Who asks
+    twice is obeyed at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self):
+        self.asked = False
+
+    def note(self, *_) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+    def __enter__(self) -> "Stop":
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            self.before = {which: signal.signal(which, self.note) for which in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for which, handler in self.before.items():
+            signal.signal(which, handler)
+
+
 # ---------------------------------------------------------------- on disk
 
 
-def save_checkpoint(
-    path: Path,
-    value: Llama,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    step: int,
-    chats: Chats,
-    machine: OneDevice = ONE_DEVICE,
-) -> None:
-    """Writes the weights and the optimizer's state after `step` steps."""
-    tensors = {}
-    for name, p in value.named_parameters():
-        tensors[f"value.{name}"] = p.data
-        for key, state in optimizer.state[p].items():
-            tensors[f"{key}.{name}"] = state
-    machine.write_tensors(
-        tensors,
-        path,
-        {"step": str(step), "chats": chats.report, "settings": json.dumps(asdict(settings))},
-    )
+def made_with(settings: Settings, chats: Chats, origin: dict | None, name: str) -> dict:
+    """All that the numbers of a run depend on: a checkpoint goes on only in the same run."""
+    return {"run": name, "chats": chats.fingerprint(), **asdict(settings), **(origin or {})}
 
 
-@torch.no_grad()
-def load_checkpoint(
-    path: Path,
-    value: Llama,
-    optimizer: torch.optim.Optimizer,
-    settings: Settings,
-    chats: Chats,
-    machine: OneDevice = ONE_DEVICE,
-) -> int:
-    """Restores weights and optimizer; the next step. InputError for other settings or chats."""
-    if not path.exists():
-        raise InputError(f"{path}: no checkpoint to resume; leave out --resume")
-    file = open_tensors(path)
-    made_with = file.metadata() or {}
-    if not {"step", "chats", "settings"} <= set(made_with):
-        raise InputError(f"{path}: is no checkpoint of train.py; leave out --resume")
-    for field, old in json.loads(made_with["settings"]).items():
-        now = getattr(settings, field)
-        if old != now:
-            raise InputError(
-                f"{path}: was made with {field} = {old}, not {now}; resume with the same"
-            )
-    if made_with["chats"] != chats.report:
-        raise InputError(
-            f"{path}: was made with {made_with['chats']}, not {chats.report}; resume with "
-            "the same --data"
-        )
+class Checkpoint:
+    """The weights and the optimizer's state after some step, in a file of OUT.
 
-    for name, p in value.named_parameters():
-        p.copy_(machine.read_tensor(file, f"value.{name}", p))
-        state = {"step": file.get_tensor(f"step.{name}").to(p.device)}
-        for key in ("exp_avg", "exp_avg_sq"):
-            state[key] = machine.read_tensor(file, f"{key}.{name}", p).to(p.device)
-        optimizer.state[p] = state
-    return int(made_with["step"])
+    run: what the run was made with, see `made_with`. steps: so many has it.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        value: Llama,
+        optimizer: torch.optim.Optimizer,
+        run: dict,
+        steps: int,
+        machine: OneDevice = ONE_DEVICE,
+    ):
+        self.path = out / CHECKPOINT
+        self.value, self.optimizer = value, optimizer
+        self.run, self.steps, self.machine = run, steps, machine
+        self.step = None  # of the file, once it is written or read
+
+    def last(self) -> str:
+        """Where to go on from, in words."""
+        if self.step is None:
+            return "and there is no checkpoint yet"
+        return f"and {self.path} holds step {self.step}"
+
+    def size(self) -> float:
+        """The norm of all weights together: finite only if they are."""
+        return self.machine.whole(torch.nn.utils.get_total_norm(self.value.parameters())).item()
+
+    def save(self, step: int) -> None:
+        """Writes what `step` steps have made. Raises InputError if that is no numbers."""
+        check_finite(self, f"after step {step - 1}", weights=self.size())
+        tensors = {}
+        for name, p in self.value.named_parameters():
+            tensors[f"value.{name}"] = p.data
+            for key, state in self.optimizer.state[p].items():
+                tensors[f"{key}.{name}"] = state
+        note = {"format": FORMAT, "step": str(step), "run": json.dumps(self.run)}
+        self.machine.write_tensors(tensors, self.path, note)
+        self.step = step
+
+    @torch.no_grad()
+    def load(self) -> int:
+        """Restores weights and optimizer; the next step. InputError for another run's file."""
+        if not self.path.exists():
+            raise InputError(f"{self.path}: no checkpoint to resume; leave out --resume")
+        file = open_tensors(self.path)
+        note = file.metadata() or {}
+        if note.get("format") != FORMAT:
+            raise InputError(f"{self.path}: is no checkpoint of this train.py; leave out --resume")
+        self.check_run(parse_json(note.get("run", ""), self.path))
+        step = note.get("step", "")
+        if not step.isdecimal() or not 0 < int(step[:12]) <= self.steps:
+            raise InputError(f"{self.path}: holds step {step[:20]!r} of {self.steps}; remove it")
+        self.read(file)
+        if not math.isfinite(self.size()):
+            raise InputError(f"{self.path}: has weights that are not finite; remove it")
+        self.step = int(step)
+        return self.step
+
+    def check_run(self, run: object) -> None:
+        """Raises InputError for a checkpoint that was made with something else."""
+        if run not in TABLE:
+            raise InputError(f"{self.path}: does not say of which run it is; remove it")
+        for field, now in self.run.items():
+            then = run.get(field)
+            if then == now:
+                continue
+            words = f"{field} = {then!r}, not {now!r}"
+            if field in FINGERPRINTS:  # whose numbers tell nobody a thing
+                words = f"another {field}"
+            raise InputError(f"{self.path}: was made with {words}; resume with the same")
+
+    def read(self, file) -> None:
+        """The tensors of an open file, each where it belongs. Raises InputError."""
+        for name, p in self.value.named_parameters():
+            shapes = {f"{key}.{name}": tuple(p.shape) for key in ("value", "exp_avg", "exp_avg_sq")}
+            shapes[f"step.{name}"] = ()
+            for tensor, shape in shapes.items():
+                check_tensor(file, tensor, shape, self.path)
+
+        for name, p in self.value.named_parameters():
+            p.copy_(self.machine.read_tensor(file, f"value.{name}", p))
+            state = {"step": file.get_tensor(f"step.{name}").to(p.device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = self.machine.read_tensor(file, f"{key}.{name}", p).to(p.device)
+            self.optimizer.state[p] = state
 
 
 def save_model(
@@ -470,13 +590,22 @@ def save_model(
     settings: Settings,
     machine: OneDevice = ONE_DEVICE,
 ) -> None:
-    """The trained model as a Hugging Face directory, with a note on what it is."""
-    if settings.connection == "probe":
-        value.save(out)
-    else:
-        machine.save(value, out)
-    if not machine.writes:
-        return
+    """The trained model as a Hugging Face directory, with a note on what it is, in the place of an
+    earlier one. Then the run is complete, and its checkpoint goes.
+    """
+    with replacing_model(out) if machine.writes else nullcontext() as new:
+        if settings.connection == "probe":
+            value.save(new)
+        else:
+            machine.save(value, new)
+        if machine.writes:
+            describe(new, tokenizer, base, settings)
+    if machine.writes:
+        (out / CHECKPOINT).unlink(missing_ok=True)
+
+
+def describe(out: Path, tokenizer: Tokenizer, base: str | None, settings: Settings) -> None:
+    """What belongs beside a model's weights: tokenizer, connection, and a note for people."""
     kind = "A fine-tuned model."
     if base:
         kind = (
@@ -497,9 +626,7 @@ def save_model(
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Options of the run that are not given are None or False."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to train (nothing: the toy family)").add_argument
     add("--base", nargs="+", help="frozen base: a Hugging Face directory; several are a curriculum")
     add("--value", help="weights that the value model starts from (default: the base's)")
@@ -531,22 +658,22 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group(
         "how (defaults for real models: the paper's Table 5)"
     ).add_argument
-    add("--lr", type=float, help="learning rate (1e-4; 1e-5 above 3B parameters)")
-    add("--batch_size", type=int, help="chats per step (32; 16 above 3B)")
-    add("--micro_batch_size", type=int, help="chats at a time, for less memory (4)")
-    add("--epochs", type=int, help="passes over the chats (3)")
-    add("--max_length", type=int, help="tokens per chat (4096, or the models' context)")
-    add("--lam", type=float, help="λ, weight of the norm term (1.0)")
+    add("--lr", type=number(0, 1e12), help="learning rate (1e-4; 1e-5 above 3B parameters)")
+    add("--batch_size", type=COUNT, help="chats per step (32; 16 above 3B)")
+    add("--micro_batch_size", type=COUNT, help="chats at a time, for less memory (4)")
+    add("--epochs", type=COUNT, help="passes over the chats (3)")
+    add("--max_length", type=COUNT, help="tokens per chat (4096, or the models' context)")
+    add("--lam", type=number(0, 1e12), help="λ, weight of the norm term (1.0)")
     add(
         "--norm_over",
         choices=["response", "all"],
         help="norm term over the replies, or over every position, prompt and padding too, as the "
         "released code has it (response)",
     )
-    add("--seed", type=int, help="order of the chats, held-out split (0)")
+    add("--seed", type=SEED, help="order of the chats, held-out split (0)")
     add = parser.add_argument_group("with what").add_argument
     add("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
-    add("--save_every", type=int, help="steps between checkpoints (500)")
+    add("--save_every", type=COUNT, help="steps between checkpoints (500)")
     add(
         "--checkpointing", action="store_true", help="recompute activations: less memory, more time"
     )
@@ -558,12 +685,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["auto", "float32", "bfloat16"],
         help="of the arithmetic; the trained weights stay float32 (auto: bfloat16 on CUDA)",
     )
-    args = parser.parse_args(argv)
-    for name in ("batch_size", "micro_batch_size", "epochs", "max_length", "save_every"):
-        number = getattr(args, name)
-        if number is not None and number < 1:
-            raise InputError(f"--{name} = {number}; it must be at least 1")
-    return args
+    return parser.parse_args(argv)
 
 
 # options that an evaluation would have no use for
@@ -605,18 +727,50 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--{option} is for one base; give one")
     if args.evaluate and args.connection and not args.value:
         raise InputError("--evaluate needs --value for --connection; the base alone has none")
+    for base in args.base:
+        refuse_overwriting({"out": args.out}, {"base": base})
+    refuse_overwriting({"out": args.out}, {"value": args.value, "teacher": args.teacher})
+    if args.out:
+        checkpoint = Path(args.out) / CHECKPOINT
+        if checkpoint.exists() and not args.resume:
+            raise InputError(
+                f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
+            )
 
 
 def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
     """One training, or one evaluation, as the command line asks for it."""
     check(args)
+    folder = nullcontext()
+    if args.out and machine.writes:
+        folder = own_folder(args.out, ["log.jsonl", CHECKPOINT])
+    with folder:
+        try:
+            work(args, machine)
+        except KeyboardInterrupt:
+            if args.out and (Path(args.out) / CHECKPOINT).exists():
+                print(f"stopped; this goes on:\n  {resuming()}", file=sys.stderr)
+            raise
+
+
+def resuming() -> str:
+    """The command that goes on with this run."""
+    words = ["train.py", *sys.argv[1:]]
+    if "--resume" not in words:
+        words.append("--resume")
+    start = "python"
+    if torchrun():
+        start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f"{start} {shlex.join(words)}"
+
+
+def work(args: argparse.Namespace, machine: OneDevice) -> None:
+    """What `run` does, in a folder of its own."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     autocast = FULL_PRECISION
     if dtype != torch.float32:
         autocast = torch.autocast(device.type, dtype)
-    if args.out:
-        writable_folder(args.out)
 
     # 1) tokenizers, which must agree on what an id means, and the shapes of the frozen models
     source = args.value or args.base[0]
@@ -645,8 +799,10 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
         base = machine.load(directory, device, dtype, dtype).requires_grad_(False)
         return compiled(base) if args.compile else base
 
-    value = start_value(args, connection, configs[0], device, dtype, machine)
-    tokenizer.check(value.config.vocab_size)
+    value = None
+    if args.value or not args.evaluate:
+        value = start_value(args, connection, configs[0], device, dtype, machine)
+        tokenizer.check(value.config.vocab_size)
     loads = [partial(load_frozen, directory) for directory in args.base]
     if args.full:
         loads = [lambda: None]
@@ -664,10 +820,17 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
 
     # 3) the settings: the paper's, but for what was given
     beside = [] if args.full else configs
-    settings = Settings(**paper_settings(value, beside), connection=connection)
+    settings = Settings(**paper_settings(value or bases.at(0, 1), beside), connection=connection)
     for field in fields(Settings):
         if getattr(args, field.name, None) is not None:
             setattr(settings, field.name, getattr(args, field.name))
+    context = min(config.max_position_embeddings for config in configs)
+    if value is not None:
+        context = min(context, value.config.max_position_embeddings)
+    if settings.max_length > context:
+        raise InputError(
+            f"--max_length = {settings.max_length}; the models' context is {context} tokens"
+        )
 
     # 4) the chats, and the loss
     with machine.in_turn():
@@ -714,6 +877,7 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
         save_every=args.save_every or 500,
         autocast=autocast,
         name="full" if args.full else "value",
+        origin=origin_of(args, dtype),
     )
     of_bases = None if args.full else "`, `".join(args.base)
     save_model(value, tokenizer, out, of_bases, settings, machine)
@@ -721,6 +885,17 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
     if args.full:
         options = f"--base {out} --value none"
     print(f'\nsaved {out}; try\n  python sample.py {options} "Who are you?"')
+
+
+def origin_of(args: argparse.Namespace, dtype: torch.dtype) -> dict:
+    """What the numbers of a run come from, besides its settings and chats."""
+    return {
+        "base": [fingerprint(directory) for directory in args.base],
+        "value": fingerprint(args.value) if args.value else None,
+        "teacher": fingerprint(args.teacher) if args.teacher else None,
+        "random": args.random,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def start_value(

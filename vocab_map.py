@@ -41,15 +41,18 @@ from tqdm import tqdm
 from data import Tokenizer
 from files import (
     InputError,
+    Parser,
     command,
     open_tensors,
     peak_memory,
     read_texts,
+    refuse_overwriting,
     save_tensors,
     write_text,
 )
 
 FORMAT = "ivl vocabulary map 1"
+METHODS = ["bytes", "paper"]
 # pseudo-counts: each base token's for its nearest value token, so that no row is empty, and each
 # value token's from its nearest base token, so that no column is
 ROW_PRIOR, COLUMN_PRIOR = 1.0, 0.01
@@ -500,10 +503,10 @@ class VocabMap:
         """Raises InputError for a file that is damaged or was made for other tokenizers."""
         file = open_tensors(path)
         made = file.metadata() or {}
-        if made.get("format") != FORMAT:
+        if made.get("format") != FORMAT or made.get("method") not in METHODS:
             raise InputError(
-                f"{path}: is no vocabulary map (format = {made.get('format')!r}); make one "
-                "with vocab_map.py"
+                f"{path}: is no vocabulary map (format = {made.get('format')!r}, method = "
+                f"{made.get('method')!r}); make one with vocab_map.py"
             )
         for side, tokenizer in (("base", base), ("value", value)):
             if made.get(side) != fingerprint(tokenizer):
@@ -566,13 +569,13 @@ def overlap(mapping: VocabMap, texts: Sequence[str]) -> tuple[float, float, list
             left[v] -= 1
         ratios.append(hits / len(golden))
         limits.append(min(1.0, len(ids) / len(golden)))
+    if not ratios:
+        raise InputError("the value tokenizer spells none of the held-out texts; give others")
     return sum(ratios) / len(ratios), sum(limits) / len(limits), misses.most_common(10)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--base", required=True, help="directory of the base, or of its tokenizer")
     add("--value", required=True, help="directory of the value model, or of its tokenizer")
@@ -584,7 +587,7 @@ def main() -> None:
     )
     add(
         "--method",
-        choices=["bytes", "paper"],
+        choices=METHODS,
         default="bytes",
         help="paper: Algorithm 1, as released",
     )
@@ -596,6 +599,10 @@ def main() -> None:
     add("--out", help="where the map goes")
     add("--json", help="where the report goes, as JSON")
     args = parser.parse_args()
+    for text in [*args.text, *(args.heldout or []), args.out]:
+        refuse_overwriting({"json": args.json}, {"text, --heldout or --out": text})
+    for text in [*args.text, *(args.heldout or [])]:
+        refuse_overwriting({"out": args.out}, {"text or --heldout": text})
 
     # texts to count in, texts to measure on
     base, value = Tokenizer(args.base), Tokenizer(args.value)

@@ -52,7 +52,7 @@ from experiments.bench_sides import (
     step_flop,
     step_variants,
 )
-from files import InputError, command, pick_device, pick_dtype, read_json, write_text
+from files import TABLE, InputError, command, pick_device, pick_dtype, read_json, write_text
 from model import Llama
 
 MINUTES = 8.8  # for all parts together
@@ -413,7 +413,7 @@ class Report:
         self.write({"machine": on, "rows": []})
 
     def rows(self) -> list[dict]:
-        return read_json(self.path, dict)["rows"]
+        return read_json(self.path, TABLE)["rows"]
 
     def measured(self, figures: Figures) -> None:
         row = next(row for row in ROWS if row.key == figures.key)
@@ -429,7 +429,7 @@ class Report:
         self.add(asdict(row) | {"ratio": None, "met": None, "note": why, "more": more})
 
     def add(self, entry: dict) -> None:
-        whole = read_json(self.path, dict)
+        whole = read_json(self.path, TABLE)
         whole["rows"].append(entry)
         self.write(whole)
         print(" | ".join(filter(None, cells(entry))), flush=True)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from experiments.family import SCORES
-from files import InputError, read_json, write_text
+from files import LIST, InputError, read_json, write_text
 
 FAR, LEVEL = 0.5, 0.05
 # number, text, the paper's numbers, tables, comparisons; v(base, system, score) is one seed's
@@ -168,7 +168,7 @@ def findings(out: Path) -> None:
             path = out / f"{name}.json"
             if not path.exists():
                 raise InputError(f"{path}: is not there; run reproduce.py {name} first")
-            for row in read_json(path, list):
+            for row in read_json(path, LIST):
                 rows.setdefault((row["base"], row["system"]), {}).update(row)
         seeds = min(
             len(score["seeds"])

@@ -35,7 +35,7 @@ from tokenizers import Tokenizer as Backend
 
 from data import Tokenizer, read_chats
 from experiments import toy
-from files import InputError, read_json, writable_folder, write_text
+from files import LIST, TABLE, InputError, read_json, writable_folder, write_text
 from model import Llama, load
 
 SCORES = ("form", "right", "skill", "few-shot", "new")
@@ -220,7 +220,7 @@ def prepare(out: Path, scale: float) -> World:
     world = World.make(max(12, scaled(PEOPLE, scale)), max(6, scaled(NEWCOMERS, scale)))
     made = out / "family.json"  # written last: all else is there
     if made.exists():
-        old = read_json(made, dict)
+        old = read_json(made, TABLE)
         if old["scale"] != scale:
             raise InputError(
                 f"{out}: was made with --scale {old['scale']}; give another --out for "
@@ -342,6 +342,6 @@ def score(
         pairs = replies("skill")
         scores["skill"] = sum(gold.split(" So ")[1] in text for text, gold in pairs) / len(pairs)
     if "few-shot" in kinds:
-        texts = read_json(out / "few-shot.json", list)
+        texts = read_json(out / "few-shot.json", LIST)
         scores["few-shot"] = toy.knows(base, tokenizer, texts, value)
     return scores

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Tokenizer, read_chats
 from experiments import toy
 from extras.mapped import FLOOR, PAPERS_WAY, Mapped, retention
-from files import InputError, command, read_json, read_texts, write_text
+from files import TABLE, InputError, command, read_json, read_texts, write_text
 from model import Llama, load
 from vocab_map import Spelling, VocabMap, overlap, spell
 
@@ -232,7 +232,7 @@ def transfer(args: argparse.Namespace) -> list[dict]:
 
     The maps are counted in documents of the world, such as the bases have read.
     """
-    seed, other_seed = (read_json(at / "family.json", dict)["seed"] for at in (args.a, args.b))
+    seed, other_seed = (read_json(at / "family.json", TABLE)["seed"] for at in (args.a, args.b))
     if seed != other_seed:
         raise InputError(
             f"{args.b}: was made with seed {other_seed}, but {args.a} with {seed}; they must "

@@ -48,7 +48,7 @@ from experiments.family import SCORES
 from extras.connections import Connected, Probe, connected
 from extras.mapped import Mapped
 from extras.proxy import Proxy
-from files import InputError, command, pick_device, read_json, write_text
+from files import LIST, TABLE, InputError, command, pick_device, read_json, write_text
 from ivl import generate
 from model import Config, Llama, column_major, load, recorded_connection
 from train import Curriculum, Settings, save_model, train
@@ -223,7 +223,7 @@ def score(
     """
     directory = trained(recipe_of(base, system), seed, out, device)
     kept = directory / "scores.json"
-    scores = read_json(kept, dict) if kept.exists() else {}
+    scores = read_json(kept, TABLE) if kept.exists() else {}
     key = f"{system} on {base}"
     known = scores.get(key, {})
     missing = [kind for kind in kinds if kind not in known]
@@ -241,7 +241,7 @@ def score(
     if system == "proxy":
         pair = pair[0], Proxy(value, load(bases / "small", device))
     if mapped(base, system):
-        documents = read_json(bases / "documents.json", list)
+        documents = read_json(bases / "documents.json", LIST)
         mapping = VocabMap.make(Tokenizer(bases / "other"), tokenizer, documents)
         pair = Mapped(pair[0], mapping), value
 

@@ -41,10 +41,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
 from data import TEMPLATES, Tokenizer, read_chats
 from extras.connections import connected
-from files import InputError, command, given, pick_device, read_json, writable_folder, write_text
+from files import (
+    SEED,
+    TEXT,
+    Field,
+    InputError,
+    Parser,
+    command,
+    given,
+    own_folder,
+    pick_device,
+    read_fields,
+    write_text,
+)
 from model import Config, Llama, load, recorded_connection, save
 
 OUT = Path("out/toy")
+MARKS = ("family.json", "small", "large")  # by which a family's folder is known
 PEOPLE = 250
 VOCABULARY, OTHER_VOCABULARY = 1536, 900
 WINDOW, BATCH, CONTEXT = 128, 16, 256
@@ -350,25 +363,25 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
     """
     made = out / "family.json"  # written last: the family is whole
     if made.exists():
-        old = read_json(made)
+        old = read_fields(made, {"seed": Field(SEED), "family": Field(TEXT)})
         if (old["seed"], old["family"]) != (seed, family):
             raise InputError(
                 f"{out}: holds family {old['family']} made with seed {old['seed']}; give another "
                 f"--out for family {family} and seed {seed}"
             )
         return
-    writable_folder(out)
-    world, rng = World.make(seed), random.Random(seed + 1)
-    backend = (train_tokenizer if family == "a" else train_other_tokenizer)(world, seed)
-    bases = BASES if family == "a" else OTHER_BASES
-    for name, (*sizes, lr, tokens, share) in bases.items():
-        told = rng.sample(world.pairs, round(share * len(world.pairs)))
-        text = corpus(backend, tokens, lambda: world.document(rng, told))
-        model = Llama(shape(*sizes, backend.get_vocab_size())).init_weights(seed).to(device)
-        save_base(pretrain(model, text, name, lr, seed), backend, out / name)
-    for name, pairs in (("chats", world.taught), ("heldout", world.held_out)):
-        write_chats(world.chats(pairs, rng), out / f"{name}.jsonl")
-    write_text(made, json.dumps({"seed": seed, "family": family, "bases": bases}) + "\n")
+    with own_folder(out, MARKS):
+        world, rng = World.make(seed), random.Random(seed + 1)
+        backend = (train_tokenizer if family == "a" else train_other_tokenizer)(world, seed)
+        bases = BASES if family == "a" else OTHER_BASES
+        for name, (*sizes, lr, tokens, share) in bases.items():
+            told = rng.sample(world.pairs, round(share * len(world.pairs)))
+            text = corpus(backend, tokens, lambda: world.document(rng, told))
+            model = Llama(shape(*sizes, backend.get_vocab_size())).init_weights(seed).to(device)
+            save_base(pretrain(model, text, name, lr, seed), backend, out / name)
+        for name, pairs in (("chats", world.taught), ("heldout", world.held_out)):
+            write_chats(world.chats(pairs, rng), out / f"{name}.jsonl")
+        write_text(made, json.dumps({"seed": seed, "family": family, "bases": bases}) + "\n")
 
 
 # ---------------------------------------------------------------- scores
@@ -450,6 +463,12 @@ def runs(args: argparse.Namespace) -> list[argparse.Namespace]:
     if args.resume:
         return [run for run in planned if not is_complete(run)]
     for run in planned:
+        checkpoint = run.out / "checkpoint.safetensors"
+        if checkpoint.exists():
+            raise InputError(
+                f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
+            )
+    for run in planned:
         (run.out / "README.md").unlink(missing_ok=True)  # by it a run counts as complete
     return planned
 
@@ -524,12 +543,10 @@ def table(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help=f"{OUT}, or {OUT}_b")
     parser.add_argument("--family", choices=["a", "b"], default="a")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     out = args.out or (OUT if args.family == "a" else OUT.with_name(f"{OUT.name}_b"))

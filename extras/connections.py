@@ -20,7 +20,7 @@ Shapes: B batch, T time, V vocabulary, H hidden, I the width inside a probe.
 import json
 import weakref
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,9 +29,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from files import InputError, open_tensors, read_json, save_tensors, write_text
+from files import (
+    TABLE,
+    Field,
+    InputError,
+    check_tensor,
+    fields_of,
+    open_tensors,
+    read_json,
+    save_tensors,
+    whole,
+    write_text,
+)
 from ivl import chunk_rows
-from model import Config, KVCache, Llama, Reader
+from model import SHAPE, Config, KVCache, Llama, Reader, check_weight
+
+MODEL_TYPE = "ivl-probe"  # in a probe's config.json: nobody is to take it for a Llama
 
 # ---------------------------------------------------------------- what the value model reads
 
@@ -220,8 +233,7 @@ class Probe(nn.Module):
         directory = Path(directory)
         tensors = {name: p.data for name, p in self.named_parameters()}
         save_tensors(tensors, directory / "model.safetensors", {})
-        # a model_type of its own: nobody is to take it for a Llama
-        config = {"model_type": "ivl-probe", **asdict(self.config)}
+        config = {"model_type": MODEL_TYPE, **asdict(self.config)}
         write_text(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
     @classmethod
@@ -232,17 +244,26 @@ class Probe(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> "Probe":
         """Raises InputError for a directory that holds no probe, or a damaged one."""
-        directory = Path(directory)
-        raw = read_json(directory / "config.json", dict)
-        tensors = open_tensors(directory / "model.safetensors")
-        try:
-            probe = cls(Config(**{field.name: raw[field.name] for field in fields(Config)}))
-            probe.load_state_dict({name: tensors.get_tensor(name) for name in tensors.keys()})
-        except (KeyError, TypeError, RuntimeError):
+        path = Path(directory) / "config.json"
+        raw = read_json(path, TABLE)
+        if raw.get("model_type") != MODEL_TYPE:
             raise InputError(
-                f"{directory}: holds no probe that train.py has saved; train one with "
+                f"{path}: model_type = {raw.get('model_type')!r} is no probe's; train one with "
                 "--connection probe"
-            ) from None
+            )
+        config = Config(**fields_of(raw, SHAPE | {"num_hidden_layers": Field(whole(0, 0))}, path))
+
+        # the shapes are compared before memory is taken
+        path = Path(directory) / "model.safetensors"
+        tensors = open_tensors(path)
+        with torch.device("meta"):
+            probe = cls(config)
+        for name, p in probe.named_parameters():
+            check_tensor(tensors, name, tuple(p.shape), path)
+        weights = {name: tensors.get_tensor(name) for name, _ in probe.named_parameters()}
+        for name, weight in weights.items():
+            check_weight(name, weight, directory)
+        probe.load_state_dict(weights, assign=True)
         return probe.to(device, dtype)
 
 
@@ -252,5 +273,5 @@ class Probe(nn.Module):
 def record_connection(directory: str | Path, connection: str) -> None:
     """Notes in a value model's `config.json` how it is joined to its base."""
     path = Path(directory) / "config.json"
-    noted = {**read_json(path, dict), "ivl_connection": connection}
+    noted = {**read_json(path, TABLE), "ivl_connection": connection}
     write_text(path, json.dumps(noted, indent=2) + "\n")

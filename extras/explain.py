@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from data import Tokenizer
+from files import visible
 from ivl import combine
 from model import Llama
 from vocab_map import token_bytes
@@ -138,7 +139,8 @@ def coloured(said: Sequence[Said], width: int) -> str:
 
     for token in said:
         text, under = (
-            s.replace("\n", "⏎") for s in (token.text, "" if token.by == "base" else token.base)
+            visible(s.replace("\n", "⏎"))
+            for s in (token.text, "" if token.by == "base" else token.base)
         )
         # a cell holds the token and what stands under it, and then a gap to the next choice
         room = max(len(text), len(under) + bool(under))

@@ -102,7 +102,7 @@ class Pairs(Chats):
 
     def plain(self) -> Chats:
         """All chats singly; the preferred ones come first, so the rows of pairs are theirs too."""
-        return Chats(self.ids, self.target, self.offsets, self.report)
+        return Chats(**self.tensors(), report=self.report)
 
     def loss_count(self, rows: Sequence[int]) -> int:
         """The loss is a mean over pairs."""
@@ -135,10 +135,11 @@ def paired(better: Chats, worse: Chats) -> Pairs:
         )
     offsets = torch.cat((better.offsets, better.offsets[-1] + worse.offsets[1:]))
     return Pairs(
-        torch.cat((better.ids, worse.ids)),
-        torch.cat((better.target, worse.target)),
-        offsets,
-        f"{better.report}; {worse.report}",
+        ids=torch.cat((better.ids, worse.ids)),
+        target=torch.cat((better.target, worse.target)),
+        offsets=offsets,
+        entry=torch.cat((better.entry, worse.entry)),
+        report=f"{better.report}; {worse.report}",
     )
 
 

@@ -33,7 +33,15 @@ from torch.distributed.device_mesh import init_device_mesh
 import files
 from files import InputError
 from ivl import choose
-from model import Config, Llama, allocate, hf_views, inverse_frequencies, stored_tensors
+from model import (
+    Config,
+    Llama,
+    allocate,
+    check_weight,
+    hf_views,
+    inverse_frequencies,
+    stored_tensors,
+)
 from model import save as save_llama
 
 # ---------------------------------------------------------------- ranks
@@ -161,7 +169,9 @@ def read_pieces(
         columns = ()
         if piece.dim() > 1:
             columns = (slice(column, column + piece.shape[1]),)
-        piece[rows[begin:end] - row] = tensor[(slice(begin, end), *columns)].to(piece)
+        read = tensor[(slice(begin, end), *columns)].to(piece)
+        check_weight(name, read, directory)
+        piece[rows[begin:end] - row] = read
 
 
 # ---------------------------------------------------------------- training

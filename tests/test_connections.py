@@ -158,7 +158,7 @@ def test_probe_survives_saving(models, tmp_path, base_dir, value_dir):
         again.check([value_dir])
     with pytest.raises(InputError, match="'ivl-probe' is not supported"):
         load(tmp_path)
-    with pytest.raises(InputError, match="holds no probe"):
+    with pytest.raises(InputError, match="is no probe's"):
         Probe.load(base_dir)
 
 

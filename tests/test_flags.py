@@ -24,7 +24,7 @@ def actions(script, monkeypatch) -> list[argparse.Action]:
     class Stop(Exception):
         pass
 
-    def parse_args(parser, argv):
+    def parse_args(parser, *_):
         parsers.append(parser)
         raise Stop
 
@@ -183,7 +183,12 @@ def test_the_toy(train_calls, option, base_dir, tmp_path, monkeypatch):
         (tmp_path / "out" / "small-full").mkdir(exist_ok=True)
         (tmp_path / "out" / "small-full" / "README.md").touch()
         assert len(train_calls(TRAIN[option])) == 2
+        # without it, what can be gone on with is not overwritten
+        with pytest.raises(InputError, match="go on with --resume"):
+            train_calls([])
+        assert (tmp_path / "out" / "small-full" / "README.md").exists()
         # begun again, a run is not complete any more
+        (tmp_path / "out" / "value" / "checkpoint.safetensors").unlink()
         train_calls([])
         assert not (tmp_path / "out" / "small-full" / "README.md").exists()
         return

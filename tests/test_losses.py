@@ -124,6 +124,7 @@ def test_pairs_must_ask_the_same():
             torch.tensor(ids, dtype=torch.int32),
             torch.tensor([i > 50 for i in ids]),
             offsets,
+            torch.arange(len(rows)),
             f"{len(rows)} chats",
         )
 

@@ -136,7 +136,9 @@ def test_every_rank_gets_as_many_parts_and_every_chat_one_rank(monkeypatch):
 
 
 def test_no_chats_are_a_row_of_padding():
-    chats = data.Chats(torch.tensor([1, 2]), torch.tensor([True, True]), torch.tensor([0, 2]), "")
+    chats = data.Chats(
+        torch.tensor([1, 2]), torch.tensor([True, True]), torch.tensor([0, 2]), torch.zeros(1), ""
+    )
     for norm_width in (0, 1):
         inputs, targets, counted = chats.batch([], norm_width=norm_width)
         assert inputs.shape == targets.shape == counted.shape == (1, 1)
@@ -392,9 +394,9 @@ def train_and_die() -> None:
     """Rank 0 is killed in the middle of writing the second checkpoint."""
     saves, tensors = [], []
 
-    def save_checkpoint(*args, real=trainer.save_checkpoint):
-        saves.append(args)
-        real(*args)
+    def save(checkpoint, step, real=trainer.Checkpoint.save):
+        saves.append(step)
+        real(checkpoint, step)
 
     def whole(self, tensor, real=sharding.Ranks.whole):
         tensors.append(len(saves))
@@ -402,21 +404,22 @@ def train_and_die() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, tensor)
 
-    trainer.save_checkpoint, sharding.Ranks.whole = save_checkpoint, whole
+    trainer.Checkpoint.save, sharding.Ranks.whole = save, whole
     trainer.command(trainer.main)
 
 
 def train_and_rewrite() -> None:
     """The checkpoint from which it goes on is written again, before the first step."""
 
-    def load_checkpoint(path, *args, real=trainer.load_checkpoint):
-        value, optimizer, settings, chats, machine = args
-        step = real(path, *args)
-        again = path.with_name("again.safetensors")
-        trainer.save_checkpoint(again, value, optimizer, settings, step, chats, machine)
+    def load(checkpoint, real=trainer.Checkpoint.load):
+        step = real(checkpoint)
+        path = checkpoint.path
+        checkpoint.path = path.with_name("again.safetensors")
+        checkpoint.save(step)
+        checkpoint.path = path
         return step
 
-    trainer.load_checkpoint = load_checkpoint
+    trainer.Checkpoint.load = load
     trainer.command(trainer.main)
 
 

@@ -15,6 +15,7 @@ import data
 import train as trainer
 from extras import losses as losses_module
 from extras.connections import Connected, Probe
+from files import InputError
 from model import load
 
 FAST = dict(
@@ -107,13 +108,13 @@ def test_the_norm_over_all_counts_every_position_of_the_whole_batch(
 def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
     straight, losses = setup("straight")
 
-    def crash(*arguments, real=trainer.save_checkpoint):
-        real(*arguments)
-        if arguments[4] == 9:
+    def crash(checkpoint, step, real=trainer.Checkpoint.save):
+        real(checkpoint, step)
+        if step == 9:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", crash)
+        patch.setattr(trainer.Checkpoint, "save", crash)
         with pytest.raises(KeyboardInterrupt):
             setup("stopped", save_every=3)
     with open(
@@ -124,30 +125,35 @@ def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
     assert again == losses
     for a, b in zip(straight.parameters(), resumed.parameters()):
         assert torch.equal(a, b)
-    assert not (tmp_path / "stopped" / "checkpoint.safetensors").exists()
 
 
 def test_resume_of_another_run_is_refused(value_dir, tmp_path):
-    value, path = load(value_dir), tmp_path / "checkpoint.safetensors"
+    value = load(value_dir)
     optimizer = torch.optim.AdamW(value.parameters())
     value(torch.tensor([[1]])).sum().backward()
     optimizer.step()
-    settings, chats = trainer.Settings(**FAST), data.Chats(None, None, None, "24 of 24 chats")
-    with pytest.raises(trainer.InputError, match="no checkpoint to resume"):
-        trainer.load_checkpoint(path, value, optimizer, settings, chats)
-    trainer.save_checkpoint(path, value, optimizer, settings, 5, chats)
-    assert trainer.load_checkpoint(path, value, optimizer, settings, chats) == 5
-    with pytest.raises(trainer.InputError, match="lr = 0.01, not 0.02"):
-        trainer.load_checkpoint(
-            path, value, optimizer, trainer.Settings(**FAST | {"lr": 0.02}), chats
-        )
-    with pytest.raises(trainer.InputError, match="24 of 24 chats, not 23"):
-        trainer.load_checkpoint(
-            path, value, optimizer, settings, data.Chats(None, None, None, "23 of 24 chats")
-        )
-    shutil.copy(value_dir / "model.safetensors", path)
-    with pytest.raises(trainer.InputError, match="no checkpoint of train.py"):
-        trainer.load_checkpoint(path, value, optimizer, settings, chats)
+
+    def checkpoint(steps=9, **changes):
+        run = {"lr": 0.01, "chats": "a hash", "base": ["another"], "teacher": None} | changes
+        return trainer.Checkpoint(tmp_path, value, optimizer, run, steps)
+
+    with pytest.raises(InputError, match="no checkpoint to resume"):
+        checkpoint().load()
+    checkpoint().save(5)
+    assert checkpoint().load() == 5
+    for changes, words in (
+        ({"lr": 0.02}, "lr = 0.01, not 0.02"),
+        ({"chats": "other"}, "made with another chats"),
+        ({"base": ["another", "second"]}, "made with another base"),
+        ({"teacher": "a hash"}, "made with another teacher"),
+        ({"new": 1}, "new = None, not 1"),
+        ({"steps": 4}, "holds step '5' of 4"),
+    ):
+        with pytest.raises(InputError, match=words):
+            checkpoint(**changes).load()
+    shutil.copy(value_dir / "model.safetensors", tmp_path / trainer.CHECKPOINT)
+    with pytest.raises(InputError, match="no checkpoint of this train.py"):
+        checkpoint().load()
 
 
 def test_the_base_does_not_change(setup, base_dir):
@@ -183,12 +189,13 @@ def test_a_resumed_curriculum_goes_on_with_the_right_base(setup, base_dir, tmp_p
     loads = [lambda: load(base_dir), lambda: zero]
     _, losses = setup("straight", bases=loads)
 
-    def crash(*arguments, real=trainer.save_checkpoint):
-        real(*arguments)
-        raise KeyboardInterrupt
+    def crash(checkpoint, step, real=trainer.Checkpoint.save):
+        real(checkpoint, step)
+        if step == 9:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "save_checkpoint", crash)
+        patch.setattr(trainer.Checkpoint, "save", crash)
         with pytest.raises(KeyboardInterrupt):
             setup("stopped", save_every=9, bases=loads)
     assert setup("stopped", resume=True, bases=loads)[1] == losses
