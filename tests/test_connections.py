@@ -141,12 +141,72 @@ def test_proxy_tuning_is_expert_minus_antiexpert(models, value_dir):
     assert [ids[0] for ids in ivl.generate(base, Proxy(expert, expert), [prompt], 20)] == alone
 
 
+@pytest.mark.parametrize("connection", ["residual", "cascade", "cascade+"])
+def test_no_model_looks_at_more_of_its_cache_than_has_been_read(models, monkeypatch, connection):
+    widths = []
+    attention = F.scaled_dot_product_attention
+
+    def watched(q, k, *others, **options):
+        widths.append(k.shape[2])
+        return attention(q, k, *others, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    steps = ivl.generate(*connected(connection, *models[:2]), [[1, 20, 30]], 200)
+    for _ in range(3):
+        next(steps)
+    assert max(widths) <= 8
+
+
+def test_a_batch_by_proxy_is_each_of_its_texts_by_itself(models, value_dir):
+    base, expert, anti = models[0], models[1], load(value_dir)
+    torch.nn.init.ones_(anti.norm.weight)
+    proxy = Proxy(expert, anti)
+    together = list(zip(*ivl.generate(base, proxy, PROMPTS, 20)))
+    assert together == [next(zip(*ivl.generate(base, proxy, [row], 20))) for row in PROMPTS]
+    assert together != list(zip(*ivl.generate(base, None, PROMPTS, 20)))
+
+
+def test_a_proxy_has_the_shorter_context_of_its_two(models, value_dir):
+    expert, anti = load(value_dir), load(value_dir)
+    anti.config.max_position_embeddings = 40
+    for pair in ((expert, anti), (anti, expert)):
+        assert Proxy(*pair).config.max_position_embeddings == 40
+        reply = list(ivl.generate(models[0], Proxy(*pair), [[1, 20, 30]], 100))
+        assert len(reply) == 40 - 3
+
+
+@torch.inference_mode()
+def test_a_proxy_reads_several_tokens_as_one_by_one(models, value_dir):
+    expert, anti = models[1], load(value_dir)
+    anti.norm.weight.fill_(1.0)
+    proxy, tokens = Proxy(expert, anti), torch.tensor([[20, 30, 40], [5, 6, 7]])
+    reader, again = proxy.reader(2, 8), proxy.reader(2, 8)
+    each = reader.read_each(tokens)
+    one_by_one = [again.read(column[:, None]) for column in tokens.unbind(1)]
+    torch.testing.assert_close(each, torch.stack(one_by_one, 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(each, expert(tokens) - anti(tokens), atol=1e-4, rtol=1e-4)
+
+
 # ---------------------------------------------------------------- the probe and the record
 
 
 def test_a_new_probe_is_the_base_itself(models):
     ids = torch.tensor([[1, 20, 30]])
     assert (z_delta("probe", models[0], Probe(models[0].config).init_weights(0), ids) == 0).all()
+
+
+def test_new_weights_of_a_probe_forget_the_old_ones(models):
+    config = models[0].config
+    new, used = Probe(config).init_weights(0), Probe(config)
+    with torch.no_grad():
+        for p in used.parameters():
+            p.fill_(7)
+    used.init_weights(0)
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), used.parameters()))
+    for layer in (new.gate, new.up):
+        assert (layer.bias == 0).all()
+        assert layer.weight.mean().abs().item() < 0.02
+        assert layer.weight.std().item() == pytest.approx(config.hidden_size**-0.5, rel=0.1)
 
 
 def test_probe_survives_saving(models, tmp_path, base_dir, value_dir):

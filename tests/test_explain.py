@@ -107,6 +107,24 @@ def test_page_is_escaped_and_self_contained():
     assert f"{STRONG:.0f}.0 nats" in text or f"{STRONG:.0f} nats" in text
 
 
+def test_letters_of_all_languages_and_line_ends_are_shown_as_such():
+    said = [Said("中é", "\n", "value", 2.0, 0.1, 0.8)]
+    assert columns(said).split("\n")[1].split("\t")[4:] == ['"中é"', '"\\n"']
+    assert "中é" in page(said, "Who?") and "<rt>⏎</rt>" in page(said, "Who?")
+
+
+def test_every_terminal_line_is_filled():
+    token = Said("abcd", "abcd", "base", 0.0, 0.5, 0.5)
+    assert coloured([token] * 6, 8).split("\n")[:4] == ["abcdabcd"] * 3 + [""]
+    assert coloured([token] * 6, 7).split("\n")[:7] == ["abcd"] * 6 + [""]
+
+
+def test_no_colour_reaches_past_its_line():
+    for line in coloured(SAID, 80).split("\n"):
+        colours = re.findall(r"\033\[[0-9;]*m", line)
+        assert not colours or colours[-1] == "\033[0m"
+
+
 def test_as_a_user_asks_for_it(run, base_dir, value_dir, tmp_path):
     def ask(*args):
         return run(

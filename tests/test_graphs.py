@@ -444,6 +444,15 @@ def test_graphs_and_caches_and_streams_are_made_once(cuda, models, caches):
         assert {**cuda.made, "replays": None} == made and caches == [64, 64]
 
 
+def test_texts_that_fill_the_caches_exactly_use_them_again(cuda, models, caches):
+    base, value, _ = models
+    pair = Graphs(base, value)
+    new = 64 - max(map(len, PROMPTS)) + 1  # the last token of all is not read
+    for _ in range(2):
+        replies(pair, new=new)
+    assert cuda.made["recordings"] == 3 and caches == [64, 64]
+
+
 def test_longer_texts_get_new_caches_once(cuda, models, caches):
     base, value, _ = models
     pair = Graphs(base, value)

@@ -5,7 +5,7 @@ import torch
 
 import ivl
 from files import InputError
-from model import load
+from model import KVCache, load
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +249,35 @@ def test_chunked_loss_under_autocast_is_the_plain_formula_under_autocast(models)
     assert (gradients[0] - gradients[1]).norm() < 0.02 * gradients[0].norm()
 
 
+def test_token_0_is_a_target_like_any_other():
+    """Also where the norm term does not count its position."""
+    z_base, z_delta, targets, _ = rows(7)
+    targets[:3] = 0
+    expected, _ = reference(z_base, z_delta, targets, torch.zeros(5, dtype=torch.bool), 1.0, 0.0)
+    h_base, h_value = z_base[None], z_delta[None]  # with identities as unembeddings: the logits
+    counted = torch.zeros(1, 5, dtype=torch.bool)
+    W = torch.eye(7)
+    _, sums = ivl.two_headed_loss(h_base, W, h_value, W, targets[None], counted, 1.0, 0.0)
+    torch.testing.assert_close(sums.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_other_kinds_of_devices_have_chunks_as_on_cuda():
+    assert ivl.chunk_rows(32000, "mps") == ivl.chunk_rows(32000, "cuda") == 512
+    assert ivl.chunk_rows(32000, "cpu") == 65
+    assert ivl.chunk_rows(10**9, "cuda") == 1
+
+
+def test_products_are_added_in_the_precision_of_the_total():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.rand(16, 64, generator=g).bfloat16(), torch.rand(64, 32, generator=g).bfloat16()
+    total = torch.ones(16, 32, device=DEVICE)
+    ivl.add_product(total, a.to(DEVICE), b.to(DEVICE))
+    # on CUDA the product itself is never rounded to 16 bits
+    tolerance = 1e-5 if DEVICE == "cuda" else 2**-7
+    expected = 1 + a.double() @ b.double()
+    torch.testing.assert_close(total.cpu().double(), expected, atol=0, rtol=tolerance)
+
+
 # ---------------------------------------------------------------- vocabularies
 
 
@@ -359,3 +388,8 @@ def test_ids_past_the_shared_vocabulary_are_never_chosen(models):
     assert (
         max(max(reply) for reply in columns(ivl.generate(*models, PROMPTS, 40, vocabulary=50))) < 50
     )
+
+
+def test_the_cache_is_made_once_for_the_prompts_and_all_that_follows(models, monkeypatch):
+    monkeypatch.setattr(KVCache, "grow", lambda *_: pytest.fail("the cache was too short"))
+    assert len(list(ivl.generate(*models, PROMPTS, 30))) == 30

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data import Chats
 from extras import losses
@@ -114,6 +115,16 @@ def test_the_words_that_only_the_value_model_has_count_for_nothing(base_dir, val
     for loss in (partial(losses.distill, base), partial(losses.prefer, 0.1)):
         _, sums = loss(Narrow(base), value, batch, nullcontext(), 1.0, 1.0)
         torch.testing.assert_close(sums[1], norm.detach())
+
+
+def test_the_words_that_only_the_base_has_count_for_nothing():
+    z_base, z_delta, z_teacher, targets = batch()
+    wide = F.pad(z_base.detach(), (0, 3), value=9.0)
+    for loss in (
+        partial(losses.pairwise, targets=targets, beta=0.3),
+        partial(losses.distillation, z_teacher=z_teacher, targets=targets),
+    ):
+        torch.testing.assert_close(loss(wide, z_delta), loss(z_base, z_delta))
 
 
 def test_pairs_must_ask_the_same():

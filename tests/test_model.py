@@ -156,6 +156,33 @@ def test_checkpointing_gives_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
+def test_checkpointing_computes_each_block_again(monkeypatch):
+    model, computed = ours.Llama(ours.Config(50, 16, 24, 2, 2, 1, 8, 64)), []
+    forward = ours.MLP.forward
+
+    def watched(mlp, x):
+        computed.append(mlp)
+        return forward(mlp, x)
+
+    monkeypatch.setattr(ours.MLP, "forward", watched)
+    for model.checkpointing, times in ((False, 2), (True, 4)):
+        computed.clear()
+        model(torch.tensor([[1, 2, 3]])).sum().backward()
+        assert len(computed) == times
+
+
+def test_new_weights_are_of_the_spread_that_keeps_numbers_in_bounds():
+    model = ours.Llama(ours.Config(400, 64, 96, 2, 4, 2, 16, 64)).init_weights(0)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+        elif name.endswith(("attention.out.weight", "mlp.down.weight")):
+            assert (p == 0).all(), name
+        else:
+            spread = 0.1 if name == "embed.weight" else 64**-0.5
+            assert p.std().item() == pytest.approx(spread, rel=0.05), name
+
+
 def test_no_two_tensors_of_the_files_are_held_at_once(base_dir, monkeypatch):
     read = []
 
@@ -266,6 +293,34 @@ def test_weights_of_another_shape_are_named(directory):
             ours.load(directory)
 
 
+def test_a_configuration_that_is_no_object_is_named(directory):
+    (directory / "config.json").write_text("[]")
+    with pytest.raises(InputError, match="config.json: holds"):
+        ours.load(directory)
+
+
+def test_what_an_old_configuration_leaves_out_follows_from_the_rest(directory):
+    raw = json.loads((directory / "config.json").read_text())
+    for field in (
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
+        *("tie_word_embeddings", "rope_parameters", "rope_theta", "rope_scaling"),
+    ):
+        del raw[field]
+    (directory / "config.json").write_text(json.dumps(raw))
+    config = ours.Config.load(directory)
+    assert (config.num_key_value_heads, config.head_dim) == (4, 8)
+    assert (config.max_position_embeddings, config.rms_norm_eps) == (2048, 1e-6)
+    assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
+    assert config.tie_word_embeddings is False
+
+
+def test_an_index_that_is_no_index_is_named(directory):
+    for content, words in (("[]", "holds"), ("{}", ".*weight_map")):
+        (directory / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(InputError, match=f"index.json: {words}"):
+            ours.load(directory)
+
+
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
     from data import Tokenizer
 
@@ -292,6 +347,16 @@ def test_a_reader_gives_the_logits_of_the_whole_text(base_dir):
         texts = [text + [i] for text, i in zip(texts, new.tolist())]
         z = reader.read(new[:, None])
     assert reader.room() == [256 - len(text) for text in texts]
+
+
+@torch.inference_mode()
+def test_a_reader_begins_with_a_single_token_too(base_dir):
+    model, text = load(base_dir), [1, 20, 30, 40]
+    whole = model(torch.tensor([text]))[0]
+    reader = model.reader(1, 8)
+    for i, token in enumerate(text):
+        z = reader.read(torch.tensor([[token]]))
+        torch.testing.assert_close(z[0], whole[i], atol=1e-4, rtol=1e-4)
 
 
 @torch.inference_mode()

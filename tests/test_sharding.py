@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -365,6 +367,118 @@ def test_sample_under_torchrun(run, models, tmp_path):
         ) == expected.stderr.count("tok/s")
 
 
+@pytest.fixture
+def as_ranks(monkeypatch):
+    """as_ranks(n, f) → what f() gives on each of n ranks, which are threads of this process."""
+
+    def runner(n: int, function: Callable) -> list:
+        here, given, all_are_here = threading.local(), [None] * n, threading.Barrier(n, timeout=60)
+
+        def summed(x, op=sharding.dist.ReduceOp.SUM):
+            given[here.rank] = x.clone()
+            all_are_here.wait()
+            together = torch.stack(given)
+            if op == sharding.dist.ReduceOp.SUM:
+                x.copy_(together.sum(0))
+            elif op == sharding.dist.ReduceOp.MAX:
+                x.copy_(together.amax(0))
+            else:
+                x.copy_(together.amin(0))
+            all_are_here.wait()  # all have read it, so the next sum may begin
+            return x
+
+        def as_rank(rank: int):
+            here.rank = rank
+            try:
+                return function()
+            except BaseException:
+                all_are_here.abort()  # or the others would wait for it
+                raise
+
+        monkeypatch.setattr(sharding, "rank", lambda: here.rank)
+        monkeypatch.setattr(sharding, "rank_count", lambda: n)
+        monkeypatch.setattr(sharding, "summed", summed)
+        with ThreadPoolExecutor(n) as threads:
+            return list(threads.map(as_rank, range(n)))
+
+    return runner
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_every_token_can_be_chosen_whatever_rank_has_it(as_ranks, n):
+    """Vocabularies that the ranks cannot divide evenly too, and each token the likeliest once."""
+    for V in (10, 11, 12, 13):
+        logits = torch.zeros(V, V)
+        logits.fill_diagonal_(200.0)
+
+        def chosen_here():
+            here = logits[
+                :, sharding.cut(V, sharding.rank()) : sharding.cut(V, sharding.rank() + 1)
+            ]
+            tokens = []
+            for options in ((0, 0, 1), (1, 0, 1), (1, 1, 1), (1, 0, 0.9)):
+                generator = torch.Generator().manual_seed(0)
+                tokens.append(sharding.choose_from_slices(V, here, *options, generator).tolist())
+            return here.shape[1], tokens
+
+        widths, tokens = zip(*as_ranks(n, chosen_here))
+        assert sum(widths) == V
+        assert max(widths) - min(widths) <= 1
+        assert all(row == list(range(V)) for of_rank in tokens for row in of_rank)
+
+
+LAST = 317  # tokens that count, a prime number: no number of ranks divides it
+
+
+@pytest.fixture
+def last_dir(tmp_path) -> Path:
+    """A model that three ranks can share, and that almost always says one of its last two tokens;
+    past those there is padding, which it likes even more."""
+    directory = make_directory(
+        tmp_path / "last",
+        4,
+        vocab_size=320,
+        tie_word_embeddings=False,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+    )
+    model = load(directory)
+    with torch.no_grad():
+        rows = model.lm_head.weight
+        rows[LAST - 2] = 100 * rows[LAST - 1]
+        rows[LAST - 1] = -rows[LAST - 2]
+        rows[LAST:] = 2 * rows[LAST - 2]
+    save(model, directory)
+    return directory
+
+
+def decoded_last(directory: Path) -> list:
+    """Greedy replies and drawn ones, of the first LAST tokens."""
+    model = load_slice(directory, LAST)
+    prompts = [[1, LAST - 1], [1, 5, LAST - 2, 7]]
+    steps = []
+    for temperature in (0, 0.5):
+        options = dict(vocabulary=LAST, temperature=temperature, choose=as_one(LAST))
+        steps += ivl.generate(model, None, prompts, 12, **options)
+    return steps
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_the_last_tokens_of_the_vocabulary_are_decoded(as_ranks, monkeypatch, last_dir, n):
+    expected = decoded_last(last_dir)
+    assert {LAST - 2, LAST - 1} <= {token for step in expected for token in step}
+    monkeypatch.setattr(sys.modules[__name__], "torchrun_started", lambda: True)
+    assert as_ranks(n, lambda: decoded_last(last_dir)) == n * [expected]
+
+
+@pytest.mark.slow
+def test_three_processes_decode_the_last_tokens(last_dir):
+    result = torchrun(3, __file__, "decode_last", last_dir)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == decoded_last(last_dir)
+    assert "stays whole" not in result.stderr
+
+
 # ---------------------------------------------------------------- memory
 
 
@@ -433,6 +547,11 @@ def decode() -> None:
             > 150
         )
     print(json.dumps([chosen(), decoded(*map(Path, sys.argv[1:]))]))
+
+
+@sharding.ranks()
+def decode_last() -> None:
+    print(json.dumps(decoded_last(Path(sys.argv[1]))))
 
 
 @sharding.ranks()

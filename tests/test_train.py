@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import shutil
 import weakref
@@ -12,11 +13,12 @@ import torch
 from conftest import assert_refused, in_a_process
 
 import data
+import ivl
 import train as trainer
 from extras import losses as losses_module
 from extras.connections import Connected, Probe
 from files import InputError
-from model import load
+from model import Config, Llama, load
 
 FAST = dict(
     lr=1e-2,
@@ -480,3 +482,57 @@ def test_a_curriculum_of_the_command_line_frees_its_bases_too(
     models = ["--base", base_dir, base_dir, base_dir, "--value", value_dir, "--data", chats_file]
     result = run("train.py", *models, "--epochs", 1, "--batch_size", 8, "--out", tmp_path / "out")
     assert result.returncode == 0 and len(bases) == 3, result.stderr
+
+
+def test_training_is_adamw_by_hand_with_the_scheduled_rate(setup, base_dir, value_dir, tmp_path):
+    """Not only the log, also the weights must come of the rate that a step is meant to have."""
+    trained, _ = setup("a", warmup=0.25)
+    chats = data.tokenize(tmp_path / "chats.json", data.Tokenizer(value_dir), 200)
+    _, batches = trainer.split(chats, trainer.Settings(**FAST))
+    base, value = load(base_dir), load(value_dir)
+    weights = list(value.parameters())
+    means = [torch.zeros_like(p) for p in weights]
+    squares = [torch.zeros_like(p) for p in weights]
+    rates = []
+    for t, rows in enumerate(batches, 1):
+        # the loss, and its gradient, shortened to 1
+        inputs, targets, counted = chats.batch(rows)
+        cross_entropy, norm = ivl.loss_sums(base(inputs), value(inputs), targets, counted)
+        loss = (cross_entropy + FAST["lam"] * norm) / (targets >= 0).sum()
+        gradients = torch.autograd.grad(loss, weights)
+        length = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+
+        # three of the twelve steps are the warm-up, the other nine half a turn of the cosine
+        share = t / 3 if t <= 3 else (1 + math.cos(math.pi * (t - 4) / 9)) / 2
+        rates.append(FAST["lr"] * share)
+        with torch.no_grad():
+            for p, gradient, mean, square in zip(weights, gradients, means, squares):
+                gradient = gradient / max(1.0, length)
+                mean.mul_(0.9).add_(0.1 * gradient)
+                square.mul_(0.999).add_(0.001 * gradient**2)
+                if p.dim() > 1:
+                    p.mul_(1 - rates[-1] * 0.01)
+                step = mean / (1 - 0.9**t) / ((square / (1 - 0.999**t)).sqrt() + 1e-8)
+                p.sub_(rates[-1] * step)
+    assert entries(tmp_path / "a" / "log.jsonl", "lr") == pytest.approx(rates)
+    assert len(rates) == 12
+    for p, expected in zip(trained.parameters(), weights):
+        torch.testing.assert_close(p, expected, atol=1e-4, rtol=0)
+
+
+def test_the_papers_settings_by_the_size_of_the_model():
+    """Table 5 knows 1.1B and 7B."""
+    small = Config(32000, 2048, 5632, 22, 32, 4, 64, 16384)
+    large = Config(32000, 4096, 11008, 32, 32, 32, 128, 2048)
+    with torch.device("meta"):
+        models = Llama(small), Llama(large)
+    common = {"micro_batch_size": 4, "epochs": 3, "norm_over": "response"}
+    assert trainer.paper_settings(models[0], [small]) == {
+        **common,
+        **{"lr": 1e-4, "batch_size": 32, "max_length": 4096, "lam": 1.0},
+    }
+    assert trainer.paper_settings(models[1], []) == {
+        **common,
+        **{"lr": 1e-5, "batch_size": 16, "max_length": 2048, "lam": 0.0},
+    }
+    assert trainer.paper_settings(models[0], [small, large])["max_length"] == 2048

@@ -3,6 +3,7 @@ vocabulary."""
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -161,6 +162,30 @@ def test_a_text_in_pieces_is_spelt_as_a_whole(tokenizers, monkeypatch):
         )  # pieces there were, and the same ones again
 
 
+def test_a_text_is_not_cut_where_a_token_may_span_two_words(base_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(vocab_map, "PIECE", 7)
+    directory = shutil.copytree(base_dir, tmp_path / "spanning")
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    n = len(raw["model"]["vocab"])
+    both = {**raw["added_tokens"][0], "id": n, "content": " cat sat", "special": False}
+    raw["added_tokens"].append(both)
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    side = Spelling(Tokenizer(directory))
+    assert side.bytes[n] == b" cat sat" and not side.cuts
+    text = b"cat sat on cat sat and cat sat"
+    assert side.spell(text) == side._spell_piece(text)
+    assert side.spell(text)[0].count(n) > 1
+
+
+def test_only_the_byte_that_a_vocabulary_lacks_is_left_out(tokenizers):
+    for side in map(Spelling, tokenizers):
+        del side.index[b"\xff"]
+        ids, ends = side.spell(b"The\xffcat")
+        assert side.join(ids) == side.space + b"Thecat"
+        assert ends[-1] == len(side.space + b"The\xffcat")
+        assert side.join(side.split(b"The\xffcat")) == b"Thecat"
+
+
 # ---------------------------------------------------------------- the map
 
 
@@ -179,6 +204,29 @@ def test_a_token_that_the_texts_lack_follows_its_bytes(tokenizers):
     assert {v for _, v in rows} == set(range(len(value.tokens)))
     b, v = base.backend.token_to_id("▁dog"), value.backend.token_to_id("Ġdog")
     assert rows[b, v] > 0.9
+
+
+@pytest.mark.parametrize("missing", ["bos", "eos"])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_tokenizer_without_bos_or_eos_is_mapped_too(base_dir, other_dir, side, missing):
+    pair = Tokenizer(base_dir), Tokenizer(other_dir)
+    setattr(pair[side], missing, None)
+    made = VocabMap.make(*pair, TEXTS[:2])
+    sums = torch.zeros(len(pair[0].tokens)).index_add(0, made.base_ids, made.p)
+    torch.testing.assert_close(sums, torch.ones_like(sums))
+    assert set(made.value_ids.tolist()) == set(range(len(pair[1].tokens)))
+
+
+def test_overlap_by_hand(tokenizers):
+    # base  ▁The|▁|r|ain    value  The|Ġ|rain: each is found but `ain`, which stands for no token
+    base, value = tokenizers
+    made = VocabMap.make(base, value, ["The rain"] * 9)
+    ratio, limit, worst = vocab_map.overlap(made, ["The rain", ""])
+    assert (ratio, limit) == (1.0, 1.0)
+    assert [(made.base.bytes[b], n) for b, n in worst] == [(b"ain", 1)]
+    # the other way round three tokens cannot become four
+    made = VocabMap.make(value, base, ["The rain"] * 9)
+    assert vocab_map.overlap(made, ["The rain"]) == (0.75, 0.75, [])
 
 
 def test_minED_stands_in_where_no_token_fits(tokenizers):
@@ -341,6 +389,33 @@ def test_a_batch_decodes_as_its_rows_do(mapping, base_dir, other_dir):
     assert both == alone
 
 
+def test_a_batch_decodes_as_its_rows_do_in_the_papers_way_too(mapping, base_dir, other_dir):
+    base, value = Mapped(load(base_dir), mapping, **mapped.PAPERS_WAY), load(other_dir)
+    texts = "The cat sat", "Where is the dog? The dog is in the"
+    prompts = [mapping.value.tokenizer.encode(text) for text in texts]
+    both = list(zip(*ivl.generate(base, value, prompts, 8)))
+    assert both == [next(zip(*ivl.generate(base, value, [prompt], 8))) for prompt in prompts]
+
+
+@torch.inference_mode()
+def test_a_special_token_ends_all_that_was_pending(mapping, bridge, base_dir):
+    """After `The ca</s>` no `t` is due: the base begins a text."""
+    base, byte = load(base_dir), mapping.value.index
+    tokenizer = mapping.value.tokenizer
+    text = [tokenizer.bos, *(byte[bytes([x])] for x in b"The ca"), tokenizer.eos]
+    reader = Mapped(base, mapping).reader(1, 0)
+    reader.read(torch.tensor([text[:-1]]))
+    z = reader.read(torch.tensor([text[-1:]]))[0]
+    ids, _, data = bridge.respell(text)
+    assert ids[-1] == mapping.base.tokenizer.eos and data == b" "
+    p = base(torch.tensor([ids]))[0, -1].softmax(-1)
+    expected = torch.zeros(len(z))
+    for b, v, w in zip(*(x.tolist() for x in bridge.rows(data, z.device))):
+        expected[v] += w * p[b]
+    expected = (1 - FLOOR) * expected / expected.sum() + FLOOR / len(z)
+    torch.testing.assert_close(z, expected.log(), atol=1e-3, rtol=1e-4)
+
+
 def test_streamed_text_is_the_reply(mapping, base_dir, other_dir):
     """Tokens of a byte-level vocabulary are often half a character; the stream holds them back."""
     tokenizer = mapping.value.tokenizer
@@ -480,6 +555,18 @@ def test_command_then_sample(run, base_dir, other_dir, tmp_path):
     assert_refused(
         run("sample.py", "--base", base_dir, "--value", other_dir, "cat?"), "vocab_map.py"
     )
+
+
+def test_a_map_needs_the_tokenizers_alone(run, base_dir, other_dir, tmp_path):
+    for directory in (base_dir, other_dir):
+        (tmp_path / directory.name).mkdir()
+        shutil.copy(directory / "tokenizer.json", tmp_path / directory.name)
+    text, report = tmp_path / "text.txt", tmp_path / "report.json"
+    text.write_text("\n\n".join(TEXTS))
+    sides = ["--base", tmp_path / base_dir.name, "--value", tmp_path / other_dir.name]
+    made = run("vocab_map.py", *sides, "--text", text, "--json", report)
+    assert made.returncode == 0, made.stderr
+    assert "retention" not in json.loads(report.read_text())
 
 
 def test_the_papers_method_decodes_too(tokenizers, base_dir, other_dir, tmp_path):
