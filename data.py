@@ -1,38 +1,48 @@
-"""Chats as tokens: tokenizer, chat template, loss mask, chat files, batches, streaming.
+"""Chats as tokens: tokenizer, chat template, loss mask, batches, streaming.
 
-A chat is a list of messages {"role": "system" | "user" | "assistant", "content": str}. A template
-turns it into one text; the tokenizer turns the text into ids with character offsets; a token is a
-target (the loss counts it) if it begins inside a reply, up to the reply's first stop token. So
-every user turn is masked, whatever the template looks like. To find a reply, the chat is rendered
-up to it and then with it.
+A template turns a chat (chats.py) into one text; the tokenizer turns the text into ids with
+character offsets; a token is a target (the loss counts it) if it begins inside a reply, up to the
+reply's first stop token. So every user turn is masked, whatever the template looks like. To find a
+reply, the chat is rendered up to it and then with it; a template that marks its replies itself,
+with {% generation %}, is believed.
+
+The ids are those of transformers' `apply_chat_template`, but for one thing: a text in a message
+that looks like a special token (`</s>`, `<|eot_id|>`) stays a text. With transformers it becomes
+the token, and so whoever writes a message, or a file of them, can end a turn or begin another.
 """
 
 import hashlib
 import json
+import re
 import reprlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from os.path import commonprefix
 from pathlib import Path
 
 import jinja2
+import jinja2.ext
 import tokenizers
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from torch import Tensor
 from tqdm import tqdm
 
+from chats import Chat, Reading
 from files import (
+    FLAG,
     LIST,
     TABLE,
     TEXT,
     Field,
     InputError,
+    fields_of,
     limited,
     list_of,
     open_tensors,
-    parse_json,
-    read_fields,
-    read_lines,
+    read_json,
     read_text,
     save_tensors,
     whole,
@@ -40,20 +50,37 @@ from files import (
 )
 
 CACHE = Path(__file__).parent / "out" / "cache"
-FORMAT = "3"  # of the cached files: raise it when tokenization changes
+FORMAT = "4"  # of the cached files: raise it when tokenization changes
 
 # what is read of the files beside a tokenizer
 TOKEN = whole(0, 2**24)
 IDS = TOKEN | list_of(TOKEN)
 NUMBERS = {"bos_token_id": Field(IDS, []), "eos_token_id": Field(IDS, [])}
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 SETTINGS = {
-    "bos_token": Field(TEXT | TABLE, None),
-    "eos_token": Field(TEXT | TABLE, None),
+    **dict.fromkeys(SPECIAL, Field(TEXT | TABLE, None)),
     "chat_template": Field(TEXT | LIST, None),
+    "add_bos_token": Field(FLAG, True),
 }
+# what else a saved tokenizer keeps, for transformers
+KEPT = (
+    *SPECIAL,
+    "add_bos_token",
+    "add_eos_token",
+    "additional_special_tokens",
+    "extra_special_tokens",
+    "clean_up_tokenization_spaces",
+    "model_max_length",
+    "padding_side",
+    "truncation_side",
+)
 # a template comes from a stranger: so long may it take for a chat, so much memory and text may it
 # make
 SECONDS, BYTES, CHARACTERS = 5, 2**29, 2**24
+# characters that Unicode keeps free for programs: inside what only looks like a special token, and
+# around the replies that a template marks
+GUARD, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
+MARKS = str.maketrans("", "", GUARD + BEGIN + END)
 
 TEMPLATES = {
     "llama-2": """
@@ -102,11 +129,18 @@ class Tokenizer:
         self.backend = self._backend()
         self.tokens = self._tokens()  # the content of each id, None for one that is not used
 
-        settings = self._settings("tokenizer_config.json", SETTINGS)
-        config = self._settings("config.json", NUMBERS)
-        generation = self._settings("generation_config.json", NUMBERS)
+        settings, self.kept = self._settings("tokenizer_config.json", SETTINGS)
+        config, _ = self._settings("config.json", NUMBERS)
+        generation, _ = self._settings("generation_config.json", NUMBERS)
         self.bos = self._special("bos", settings, config)
         self.eos = self._special("eos", settings, config)
+        self.adds_bos = settings["add_bos_token"]
+        # what templates may ask for: bos_token, eos_token, pad_token, ...
+        self.names = {name: content_of(settings[name]) for name in SPECIAL}
+        for name, i in (("bos_token", self.bos), ("eos_token", self.eos)):
+            self.names[name] = "" if i is None else self.tokens[i]
+        added = self.backend.get_added_tokens_decoder()
+        self.special = {i for i, token in added.items() if token.special}
         self.template = TEMPLATES[template] if template else self._own_template(settings)
         self._compiled = self._compile()
         self.stop = self._stop(config, generation)
@@ -135,18 +169,17 @@ class Tokenizer:
             f"{self.path}: not a tokenizer ({reason}); the file is damaged, download it again"
         )
 
-    def _settings(self, name: str, table: dict[str, Field]) -> dict:
-        """What a JSON file beside the tokenizer says of these fields; it need not be there."""
+    def _settings(self, name: str, table: dict[str, Field]) -> tuple[dict, dict]:
+        """What a JSON file beside the tokenizer says of these fields, and which of the others are
+        kept; it need not be there.
+        """
         path = self.directory / name
-        if path.exists():
-            return read_fields(path, table)
-        return {field: default for field, (_, default) in table.items()}
+        raw = read_json(path, TABLE) if path.exists() else {}
+        return fields_of(raw, table, path), {key: raw[key] for key in KEPT if key in raw}
 
     def _special(self, name: str, settings: dict, config: dict) -> int | None:
         """The id of "bos" or "eos": by its content, else by the number in config.json."""
-        token = settings[f"{name}_token"]
-        if isinstance(token, dict):
-            token = token.get("content")
+        token = content_of(settings[f"{name}_token"])
         if token is not None and token in self.tokens:  # `tokens` has None for unused ids
             return self.tokens.index(token)
         ids = _as_list(config[f"{name}_token_id"])
@@ -175,12 +208,13 @@ class Tokenizer:
     def _compile(self) -> jinja2.Template:
         """The template in a sandbox, with what transformers gives to templates."""
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = lambda x, **options: json.dumps(
             x, ensure_ascii=False, **options
         )
         environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
             with limited(SECONDS, BYTES):
                 return environment.from_string(self.template)
@@ -193,15 +227,18 @@ class Tokenizer:
         if self.eos is not None:
             stop.add(self.eos)
 
-        # the last special token of an exchange
+        # the special token that ends the first reply of a chat, or else its last one
         example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         try:
-            turn = self.encode(self.render(example))
+            text, replies, _ = self.replies(example * 2)
+            ids, places = self.spell(text)
         except Refused as error:
             raise self._no_template(error) from None
-        added = self.backend.get_added_tokens_decoder()
-        special = [i for i in turn if i in added and added[i].special and i != self.bos]
-        return stop | set(special[-1:])
+        for begin, end in replies:
+            for i, (start, _) in zip(ids, places):
+                if begin <= start < end and i in self.special and i != self.bos:
+                    return stop | {i}
+        return stop
 
     def _no_template(self, error: object) -> InputError:
         if isinstance(error, Exception):
@@ -219,11 +256,16 @@ class Tokenizer:
                 f"{vocab_size}; use the tokenizer that belongs to the model"
             )
 
+    # ------------------------------------------------------------ plain texts
+
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, with exactly one BOS in front if the tokenizer has one. Raises
-        InputError.
+        """The ids of a plain text, with one BOS in front if the tokenizer has one and is used to
+        it. Raises InputError.
         """
-        return self.with_bos(self.encoding(text).ids)
+        ids = self.encoding(text).ids
+        if self.bos is None or not self.adds_bos or ids[:1] == [self.bos]:
+            return ids
+        return [self.bos, *ids]
 
     def encoding(self, text: str) -> tokenizers.Encoding:
         """The ids of a text and the characters that they stand for. Raises InputError."""
@@ -234,26 +276,24 @@ class Tokenizer:
                 f"{self.path}: cannot tokenize {reprlib.repr(text)} ({error})"
             ) from None
 
-    def with_bos(self, ids: list[int]) -> list[int]:
-        """The ids with a BOS in front; unchanged if they have it, or the tokenizer has none."""
-        if self.bos is None or ids[:1] == [self.bos]:
-            return ids
-        return [self.bos, *ids]
-
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
 
+    # ------------------------------------------------------------ chats
+
     def render(self, messages: list[dict], reply_next: bool = False) -> str:
-        """The chat as one text, up to a reply if `reply_next`. Raises Refused if the template does
-        not want such a chat, InputError if it does not work.
+        """The chat as one text, up to a reply if `reply_next`, with GUARD, BEGIN and END in it.
+        Raises Refused if the template does not want such a chat, InputError if it does not work.
         """
+        guarded = [{**message, "content": self.guarded(message["content"])} for message in messages]
         try:
             with limited(SECONDS, BYTES):
                 text = self._compiled.render(
-                    messages=messages,
+                    messages=guarded,
                     add_generation_prompt=reply_next,
-                    bos_token="" if self.bos is None else self.tokens[self.bos],
-                    eos_token="" if self.eos is None else self.tokens[self.eos],
+                    tools=None,
+                    documents=None,
+                    **{name: token for name, token in self.names.items() if token is not None},
                 )
         except Refused:
             raise
@@ -263,18 +303,87 @@ class Tokenizer:
             raise self._no_template(f"it makes {len(text)} characters of a chat")
         return text
 
+    def guarded(self, content: str) -> str:
+        """A message in which what looks like a special token is none: a GUARD is put into it.
+
+        Example: `the end</s>` → `the end<GUARD/s>`
+        """
+        content = content.translate(MARKS)
+        for i in self.special:
+            token = self.tokens[i]
+            if token in content:
+                content = content.replace(token, token[0] + GUARD + token[1:])
+        return content
+
+    def replies(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], bool]:
+        """The chat as one text with GUARDs, where in it replies begin and end, and whether the
+        template has marked them. Raises Refused, and InputError for a template that renders a
+        chat's beginning differently once the chat goes on.
+        """
+        text, marked = unmarked(self.render(messages))
+        if marked:
+            return text, marked, True
+
+        # each reply's characters: the chat is rendered up to the reply, and with it
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, _ = unmarked(self.render(messages[:i], reply_next=True))
+            after, _ = unmarked(self.render(messages[: i + 1]))
+            end = len(after)
+            if not text.startswith(after):
+                # some templates put EOS only where no more is to come: what both have counts
+                end = len(commonprefix([after, text]))
+            said = self.guarded(message["content"]).strip()
+            kept = text.startswith(after) or said in text[len(before) : end]
+            if not text.startswith(before) or not kept:
+                raise InputError(
+                    f"{self.directory}: the chat template rewrites earlier turns as a "
+                    "chat goes on, so the replies cannot be told from the rest; choose "
+                    "another with --template"
+                )
+            spans.append((len(before), end))
+        return text, spans, False
+
+    def spell(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a rendered chat, and of each where its characters begin and end. GUARDs have
+        kept special tokens apart, and go. Raises InputError.
+        """
+        encoding = self.encoding(text)
+        if GUARD not in text:
+            return encoding.ids, encoding.offsets
+        ids, places = [], []
+        for i, (start, end) in zip(encoding.ids, encoding.offsets):
+            characters = text[start:end]
+            if characters and not characters.strip(GUARD):
+                continue
+            if GUARD in characters:
+                raise InputError(
+                    f"{self.path}: cannot keep {characters.translate(MARKS)!r} in a message apart "
+                    "from a special token; leave it out"
+                )
+            ids.append(i)
+            places.append((start, end))
+        return ids, places
+
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids after which the model is to reply. Raises InputError if the template refuses."""
         try:
-            return self.encode(self.render(messages, reply_next=True))
+            text, _ = unmarked(self.render(messages, reply_next=True))
         except Refused as error:
             raise InputError(
                 f"{self.directory}: the chat template refuses this chat ({error})"
             ) from None
+        return self.spell(text)[0]
 
     def save(self, directory: Path) -> None:
         """Writes the tokenizer and its template where transformers looks for them."""
-        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": self.template}
+        settings = {
+            **self.kept,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": self.template,
+        }
         if self.bos is not None:
             settings["bos_token"] = self.tokens[self.bos]
         if self.eos is not None:
@@ -331,74 +440,41 @@ def _as_list(x: int | list[int]) -> list[int]:
     return x if isinstance(x, list) else [x]
 
 
-# ---------------------------------------------------------------- chat files
-
-ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "system": "system",
-}
+def content_of(token: str | dict | None) -> str | None:
+    """A special token of `tokenizer_config.json`: a text, or an object that has it."""
+    return token.get("content") if isinstance(token, dict) else token
 
 
-def _messages(record: dict) -> list[dict]:
-    """One record of a chat file as messages; KeyError or TypeError where its form is not known.
+class Generation(jinja2.ext.Extension):
+    """{% generation %} ... {% endgeneration %}, by which a template marks what a model has said."""
 
-    Example, ShareGPT's form:
-    >>> turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "I."}]
-    >>> _messages({"conversations": turns})
-    [{'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': 'I.'}]
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+    def mark(self, caller) -> str:
+        return BEGIN + caller() + END
+
+
+def unmarked(rendered: str) -> tuple[str, list[tuple[int, int]]]:
+    """A text without BEGIN and END, and the places between them.
+
+    Example:
+    >>> unmarked(f"Who? {BEGIN}I.{END} Oh.")
+    ('Who? I. Oh.', [(5, 7)])
     """
-    turns = []
-    if "conversations" in record or "messages" in record:
-        # ShareGPT: from/value; OpenAI: role/content
-        for turn in record.get("conversations", record.get("messages")):
-            role = ROLES[turn.get("from", turn.get("role"))]
-            turns.append((role, turn.get("value", turn.get("content"))))
-    else:
-        # Alpaca, with LIMA's `history` of earlier exchanges
-        question = record["instruction"]
-        if record.get("input"):
-            question += "\n\n" + record["input"]
-        if record.get("system"):
-            turns.append(("system", record["system"]))
-        for asked, answered in record.get("history") or []:
-            turns += [("user", asked), ("assistant", answered)]
-        turns += [("user", question), ("assistant", record["output"])]
-    if not all(isinstance(content, str) for _, content in turns):
-        raise TypeError
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-def _records(path: str | Path) -> list[tuple[str, object]]:
-    """The records of a .json (a list) or .jsonl file, each with its place. Raises InputError."""
-    text = read_text(path)
-    if text.lstrip().startswith("[") and not str(path).endswith(".jsonl"):
-        return [(f"entry {i}", record) for i, record in enumerate(parse_json(text, path))]
-    return [(f"line {i}", record) for i, record in read_lines(path)]
-
-
-def read_chats(path: str | Path) -> list[list[dict]]:
-    """The chats of a .json (a list) or .jsonl file, in ShareGPT, messages or Alpaca form.
-
-    Raises InputError that names the line (.jsonl) or the entry (.json) that is of no known form.
-    """
-    chats = []
-    for place, record in _records(path):
-        try:
-            chats.append(_messages(record))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise InputError(
-                f"{path}, {place}: not a chat; it needs 'conversations' (from/value), 'messages' "
-                "(role/content), or 'instruction' and 'output'"
-            ) from None
-    if not chats:
-        raise InputError(f"{path}: holds no chats")
-    return chats
+    text, spans, begin = "", [], 0
+    for piece in re.split(f"([{BEGIN}{END}])", rendered):
+        if piece == BEGIN:
+            begin = len(text)
+        elif piece == END:
+            spans.append((begin, len(text)))
+        else:
+            text += piece
+    return text, spans
 
 
 # ---------------------------------------------------------------- tokenized chats
@@ -413,7 +489,7 @@ class Chats:
     ids: Tensor  # int32
     target: Tensor  # bool: the loss counts this token
     offsets: Tensor  # int64, one more than there are chats
-    entry: Tensor  # int64, the place of each chat in its file, from 0 on
+    entry: Tensor  # int64, the number of each chat among the records that were read, from 0 on
     report: str  # what became of the chats that were read
 
     def __len__(self) -> int:
@@ -509,76 +585,71 @@ class Chats:
 
 
 def tokenize_chat(
-    tokenizer: Tokenizer, chat: list[dict]
+    tokenizer: Tokenizer, chat: Chat
 ) -> tuple[list[int], list[bool], list[int]] | None:
     """(ids, is it a target, where replies end) of a chat; None if the template refuses it.
 
     A reply's tokens reach up to its first stop token: what a template writes after it is no target.
-    Raises InputError for a template that renders a chat's beginning differently once the chat goes
-    on.
+    Where the template marks the replies itself, all that it marks is. Raises InputError.
     """
-    # each reply's characters: the chat is rendered up to the reply, and with it
     try:
-        text = tokenizer.render(chat)
-        spans = []
-        for i, message in enumerate(chat):
-            if message["role"] != "assistant":
-                continue
-            before = tokenizer.render(chat[:i], reply_next=True)
-            after = tokenizer.render(chat[: i + 1])
-            if not (after.startswith(before) and text.startswith(after)):
-                raise InputError(
-                    f"{tokenizer.directory}: the chat template rewrites earlier turns as a "
-                    "chat goes on, so the replies cannot be told from the rest; choose "
-                    "another with --template"
-                )
-            spans.append((len(before), len(after)))
+        text, spans, marked = tokenizer.replies(chat.messages)
     except Refused:
         return None
+    places = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if len(spans) != len(places):
+        raise InputError(
+            f"{tokenizer.directory}: the chat template marks {len(spans)} replies in a chat of "
+            f"{len(places)}; choose another with --template"
+        )
 
-    # the character at which each token begins; a BOS that was put in front begins at 0
-    encoding = tokenizer.encoding(text)
-    ids = tokenizer.with_bos(encoding.ids)
-    starts = [0] * (len(ids) - len(encoding.ids)) + [start for start, _ in encoding.offsets]
-
-    # the tokens that begin in a reply, up to its stop token
+    # the tokens that begin in a reply, up to its stop token; or those of a marked one
+    ids, characters = tokenizer.spell(text)
     target = [False] * len(ids)
-    ends = []  # of each reply, one past its last target
+    ends = []  # of each reply, one past its last token
     i = 0
-    for reply_start, reply_end in spans:
-        while i < len(ids) and starts[i] < reply_start:
+    for place, (reply_start, reply_end) in zip(places, spans):
+        while i < len(ids) and before_reply(characters[i], reply_start, marked):
             i += 1
-        while i < len(ids) and starts[i] < reply_end:
-            target[i] = True
+        while i < len(ids) and characters[i][0] < reply_end:
+            target[i] = place not in chat.context
             i += 1
-            if ids[i - 1] in tokenizer.stop:  # it is itself the last target
+            if not marked and ids[i - 1] in tokenizer.stop:  # it is itself the last target
                 break
         ends.append(i)
     return ids, target, ends
 
 
-def tokenize(path: str | Path, tokenizer: Tokenizer, max_length: int) -> Chats:
-    """Reads, tokenizes and caches a chat file. A chat longer than max_length tokens is cut after
-    the last reply that fits. Raises InputError if no chat with a reply to learn from is left.
+def before_reply(characters: tuple[int, int], reply_start: int, marked: bool) -> bool:
+    """Whether a token comes before a reply; a marked one has all tokens that it has a part of."""
+    start, end = characters
+    return end <= reply_start if marked else start < reply_start
+
+
+def tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
+    """Tokenizes chats, and caches what comes of it. A chat longer than max_length tokens is cut
+    after the last reply that fits. Raises InputError if no chat with a reply to learn is left.
     """
-    # the cached file's name is a hash of all that the result depends on
+    # the cached file's name is a hash of all that the result depends on; a template may look at the
+    # date
+    example = Chat([{"role": "user", "content": "a"}])
     parts = [
         FORMAT,
-        read_text(path),
+        json.dumps([asdict(chat) | {"context": sorted(chat.context)} for chat in reading.chats]),
+        str((reading.read, sorted(reading.left_out.items()))),
         tokenizer.source,
         tokenizer.template,
-        str(sorted(tokenizer.stop)),
-        str((tokenizer.bos, tokenizer.eos)),
+        str(tokenizer.prompt(example.messages)),
+        str((sorted(tokenizer.stop), sorted(tokenizer.special), tokenizer.names)),
         str(max_length),
     ]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
     cached = CACHE / f"{key}.safetensors"
     chats = _read_cache(cached)
     if chats is None:
-        chats = _tokenize(path, tokenizer, max_length)
+        chats = _tokenize(reading, tokenizer, max_length)
         CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)  # chats are nobody else's business
-        note = {"report": chats.report, "fingerprint": chats.fingerprint()}
-        save_tensors(chats.tensors(), cached, note)
+        save_tensors(chats.tensors(), cached, {"report": chats.report})
     return chats
 
 
@@ -587,52 +658,78 @@ def _read_cache(cached: Path) -> Chats | None:
     if not cached.exists():
         return None
     try:
-        file = open_tensors(cached)
-        tensors = {name: file.get_tensor(name) for name in ("ids", "target", "offsets", "entry")}
-        chats = Chats(**tensors, report=file.metadata()["report"])
-        return chats if file.metadata()["fingerprint"] == chats.fingerprint() else None
-    except Exception:  # a damaged file fails in many ways, and is made again for all of them
+        file = open_tensors(cached, verify=True)
+    except InputError:  # a damaged one is made again
         return None
+    tensors = {name: file.get_tensor(name) for name in ("ids", "target", "offsets", "entry")}
+    return Chats(**tensors, report=file.metadata()["report"])
 
 
-def _tokenize(path: str | Path, tokenizer: Tokenizer, max_length: int) -> Chats:
-    """The chats of a file, tokenized, and a report of what became of them."""
-    chats = read_chats(path)
+def _tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
+    """Chats, tokenized, and a report of what became of them."""
     ids, target, offsets, entry = [], [], [0], []
-    refused = cut = empty = 0
-    bar = tqdm(chats, f"tokenizing {Path(path).name}", unit=" chats", leave=False, disable=None)
-    for i, chat in enumerate(bar):
-        while chat and chat[0]["role"] == "assistant":
-            chat = chat[1:]  # ShareGPT's pages often begin in the middle
-        tokens = tokenize_chat(tokenizer, chat) if chat else ([], [], [])
+    left_out = Counter(reading.left_out)
+    skipped: Counter = Counter()  # replies that are not learnt, by reason
+    replies = cut = 0
+    no_fit = f"no reply fits into {max_length} tokens"
+    for chat in tqdm(reading.chats, "tokenizing", unit=" chats", leave=False, disable=None):
+        # ShareGPT's pages often begin in the middle
+        speakers = [message["role"] for message in chat.messages]
+        first = next((i for i, role in enumerate(speakers) if role != "assistant"), len(speakers))
+        context = {i - first for i in chat.context}
+        begun = Chat(chat.messages[first:], context=context)
+        tokens = ([], [], [])
+        if "assistant" in speakers[first:]:
+            tokens = tokenize_chat(tokenizer, begun)
         if tokens is None:
-            refused += 1
+            left_out["the template refuses them"] += 1
             continue
 
         # as many replies as fit
         chat_ids, chat_target, ends = tokens
         end = max((end for end in ends if end <= max_length), default=0)
-        if not any(chat_target[:end]):
-            empty += 1
+        if not any(chat_target):
+            left_out["no reply to learn"] += 1
             continue
-        if end < max(ends):
-            cut += 1
+        if not any(chat_target[:end]):
+            left_out[no_fit] += 1
+            continue
+        cut += end < max(ends)
         ids += chat_ids[:end]
         target += chat_target[:end]
         offsets.append(len(ids))
-        entry.append(i)
+        entry.append(chat.entry)
 
-    report = f"{len(entry)} of {len(chats)} chats, {len(ids)} tokens"
-    report += f", {sum(target)} of them targets"
+        # what became of its replies
+        within = [i for i, reply_end in enumerate(ends) if reply_end <= end]
+        places = [i for i, role in enumerate(speakers[first:]) if role == "assistant"]
+        replies += len(ends) + first
+        skipped["before the first question"] += first
+        skipped["past the cut"] += len(ends) - len(within)
+        skipped["said to be context"] += sum(places[i] in context for i in within)
+
+    rows = [("chats read", reading.read, "")]
+    rows += [("  left out", n, reason) for reason, n in left_out.most_common()]
+    rows.append(("chats used", len(entry), ""))
     if cut:
-        report += f"; {cut} cut to {max_length} tokens"
-    if empty:
-        report += f"; {empty} left out: no reply fits"
-    if refused:
-        report += f"; {refused} left out: the template refuses them"
+        rows.append(("  cut", cut, f"to {max_length} tokens"))
+    rows.append(("replies in them", replies, ""))
+    rows += [("  not learnt", n, reason) for reason, n in skipped.most_common() if n]
+    rows.append(("tokens", len(ids), ""))
+    rows.append(("  targets", sum(target), f"{sum(target) / max(1, len(ids)):.1%}"))
+    report = "\n".join(f"  {name:<18}{n:>12,}  {note}".rstrip() for name, n, note in rows)
     if not entry:
+        why = ", ".join(f"{reason}: {n}" for reason, n in left_out.most_common())
         raise InputError(
-            f"{path}: no chat has a reply to learn from within --max_length {max_length} ({report})"
+            f"no chat has a reply to learn from within --max_length {max_length} ({why})"
+        )
+    if len(entry) < 0.9 * reading.read:
+        remedy = {no_fit: "; a larger --max_length keeps more"}
+        remedy["the template refuses them"] = "; another --template may take them"
+        reason = left_out.most_common(1)[0][0]
+        report += (
+            f"\n  warning: {1 - len(entry) / reading.read:.0%} of the chats are left out"
+            f"{remedy.get(reason, '')}"
         )
     return Chats(
         ids=torch.tensor(ids, dtype=torch.int32),

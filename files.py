@@ -6,6 +6,8 @@ into that line and exit status 2. What an option or a field of a file may be is 
 """
 
 import argparse
+import gzip
+import hashlib
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import signal
 import stat
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +44,10 @@ DTYPES = {  # as safetensors calls them
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+
+
+# in the metadata of the tensors that we write: a hash of the file, made while it was still unknown
+HASH, UNKNOWN = "sha256", b"?" * 64
 
 
 class InputError(Exception):
@@ -149,11 +156,16 @@ def readable(path: str | Path) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, with or without a byte-order mark. Raises InputError."""
+    """The text of a UTF-8 file, with or without a byte-order mark, or of one packed as .gz. Raises
+    InputError.
+    """
+    opened = gzip.open if str(path).endswith(".gz") else open
     try:
-        return readable(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+        with opened(readable(path), "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read ({reason}); check the path") from None
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8"
@@ -240,14 +252,33 @@ def read_texts(path: str | Path) -> list[str]:
     return [text[i : i + 2000] for text in texts for i in range(0, len(text), 2000)]
 
 
-def open_tensors(path: str | Path) -> safe_open:
-    """A safetensors file, opened; a tensor is read when asked for. Raises InputError."""
+def open_tensors(path: str | Path, verify: bool = False) -> safe_open:
+    """A safetensors file, opened; a tensor is read when asked for. Raises InputError.
+
+    verify: reads all of it first, to compare it with the hash that `save_tensors` has noted.
+    """
     try:
-        return safe_open(readable(path), "pt")
+        file = safe_open(readable(path), "pt")
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: not a readable safetensors file ({error}); download or make it again"
         ) from None
+    if verify:
+        noted = (file.metadata() or {}).get(HASH, "")
+        if noted != hash_of(path, noted):
+            raise InputError(f"{path}: is damaged (not as it was written); remove or make it again")
+    return file
+
+
+def hash_of(path: str | Path, noted: str) -> str:
+    """The hash of a safetensors file as it was before its hash was noted in it."""
+    hashed = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        hashed.update(file.read(size).replace(noted.encode(), UNKNOWN))
+        while piece := file.read(2**20):
+            hashed.update(piece)
+    return hashed.hexdigest()
 
 
 def check_tensor(file: safe_open, name: str, shape: tuple[int, ...], path: str | Path) -> None:
@@ -337,7 +368,8 @@ def save_tensors(
     metadata: dict[str, str],
     fetch: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Writes a safetensors file whole or not at all, one tensor at a time. Raises InputError.
+    """Writes a safetensors file whole or not at all, one tensor at a time, and a hash of them all
+    into its metadata. Raises InputError.
 
     fetch: name → the data, asked for when its turn comes; `tensors` then only tell dtypes and
     shapes.
@@ -345,7 +377,7 @@ def save_tensors(
     # the header: of each tensor its type, shape, and place in the file
     # the widest types first: so each tensor begins at a multiple of its item size
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
-    header = {"__metadata__": metadata}
+    header = {"__metadata__": {**metadata, HASH: UNKNOWN.decode()}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.itemsize
@@ -357,13 +389,17 @@ def save_tensors(
     front = json.dumps(header).encode()
     front += b" " * (-len(front) % 8)  # so that the data begins at a multiple of 8 bytes
 
+    hashed = hashlib.sha256(front)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(len(front).to_bytes(8, "little") + front)
         for name, tensor in tensors.items():
             if fetch:
                 tensor = fetch(name).to("cpu", tensor.dtype)
-            data = tensor.cpu().contiguous().flatten().view(torch.uint8)
-            file.write(data.numpy())
+            data = tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()
+            hashed.update(data)
+            file.write(data)
+        file.seek(8 + front.index(UNKNOWN))
+        file.write(hashed.hexdigest().encode())
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -527,8 +563,13 @@ class Parser(argparse.ArgumentParser):
         args = super().parse_args(argv, namespace)
         for name, given_to_it in vars(args).items():
             words = given_to_it if isinstance(given_to_it, list) else [given_to_it]
-            if any(word == "" for word in words):
-                raise InputError(f"{name}: an empty text was given; leave it out, or fill it in")
+            for word in filter(lambda word: isinstance(word, str), words):
+                if not word:
+                    raise InputError(
+                        f"{name}: an empty text was given; leave it out, or fill it in"
+                    )
+                if word.encode(errors="replace") != word.encode(errors="surrogatepass"):
+                    raise InputError(f"{name}: {word!r} is not UTF-8; give a text or name that is")
         return args
 
 

@@ -338,16 +338,20 @@ def combine_loss_fused(
 # ---------------------------------------------------------------- vocabularies
 
 
-def shared_vocabulary(base_tokens: Sequence[str | None], value_tokens: Sequence[str | None]) -> int:
-    """How many leading ids mean the same token in both vocabularies.
+def shared_vocabulary(
+    base_tokens: Sequence[str | None], value_tokens: Sequence[str | None]
+) -> tuple[int, list[int]]:
+    """How many leading ids both vocabularies have, and those of them that do not mean the same.
 
     base_tokens, value_tokens: the content of each id, None for a row of padding. What one side has
     past the other's end (padding, tokens added later: CodeLlama's 32016 against Llama-2's 32000) is
-    left out of z_post. Raises InputError where the two differ: equal sizes prove nothing.
+    left out of z_post. A few ids that differ, one in a thousand, can be left out too (one character
+    is lost where a tokenizer was saved anew, say); raises InputError for more: equal sizes prove
+    nothing.
 
     Example:
     >>> shared_vocabulary(["<s>", "a", "b", None], ["<s>", "a", "b", "c"])
-    3
+    (3, [])
     """
 
     def used(tokens: Sequence[str | None]) -> int:
@@ -355,14 +359,16 @@ def shared_vocabulary(base_tokens: Sequence[str | None], value_tokens: Sequence[
         return max((i + 1 for i, token in enumerate(tokens) if token is not None), default=0)
 
     shared = min(used(base_tokens), used(value_tokens))
-    for i in range(shared):
-        if base_tokens[i] != value_tokens[i]:
-            raise InputError(
-                "the base and the value model have different vocabularies: token "
-                f"{i} is {base_tokens[i]!r} in the one and {value_tokens[i]!r} in the other; "
-                "make a map between them with vocab_map.py"
-            )
-    return shared
+    differing = [i for i in range(shared) if base_tokens[i] != value_tokens[i]]
+    if len(differing) > shared / 1000:
+        i = differing[0]
+        raise InputError(
+            "the base and the value model have different vocabularies: "
+            f"{len(differing)} of {shared} tokens differ, the first is token "
+            f"{i}, {base_tokens[i]!r} in the one and {value_tokens[i]!r} in the other; "
+            "make a map between them with vocab_map.py"
+        )
+    return shared, differing
 
 
 # ---------------------------------------------------------------- decoding
@@ -396,6 +402,15 @@ def choose(
     # torch.multinomial it does not make the host wait for the device
     noise = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def never(ids: Tensor, choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A `choose` that never takes one of these ids.  ids (n,), on the device of the logits"""
+
+    def choose_others(logits: Tensor, *how) -> Tensor:
+        return choose(logits.index_fill(-1, ids, -torch.inf), *how)
+
+    return choose_others
 
 
 def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import TEMPLATES, TextStream, Tokenizer, read_chats
+from chats import read_chats
+from data import TEMPLATES, TextStream, Tokenizer
 from files import (
     SEED,
     InputError,
@@ -45,7 +46,7 @@ from files import (
     writable_folder,
     write_text,
 )
-from ivl import choose, generate, shared_vocabulary
+from ivl import choose, generate, never, shared_vocabulary
 from model import Config, Llama, column_major, load, recorded_connection
 from vocab_map import VocabMap
 
@@ -87,11 +88,17 @@ class Speaker:
 
         # the leading ids that all models share
         self.vocabulary = len(self.tokenizer.tokens)
-        if self.mapping is None:
-            self.vocabulary = shared_vocabulary(base_tokenizer.tokens, self.tokenizer.tokens)
+        self.differing: set[int] = set()  # of these ids, those that do not mean the same
+        others = [] if self.mapping else [base_tokenizer]
         if args.antiexpert:
-            other = shared_vocabulary(Tokenizer(args.antiexpert).tokens, self.tokenizer.tokens)
-            self.vocabulary = min(self.vocabulary, other)
+            others.append(Tokenizer(args.antiexpert))
+        for other in others:
+            shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
+            self.vocabulary = min(self.vocabulary, shared)
+            self.differing |= set(differing)
+        if self.differing:
+            named = ", ".join(map(repr, sorted(self.differing)[:5]))
+            print(f"({len(self.differing)} tokens differ, never said: {named})", file=sys.stderr)
 
     def load_models(self) -> None:
         """Base, value model and antiexpert, each a Llama by itself."""
@@ -114,6 +121,13 @@ class Speaker:
             split = None if self.mapping else self.vocabulary
             load_model = partial(load_slice, vocabulary=split)
             self.choose = chooser(split)
+            if self.differing:
+                raise InputError(
+                    "torchrun needs models of one vocabulary; here a few tokens differ"
+                )
+        elif self.differing:
+            ids = torch.tensor(sorted(self.differing), device=self.device)
+            self.choose = never(ids, choose)
 
         self.base = load_model(args.base, self.device, dtype)
         self.value = self.antiexpert = None
@@ -231,11 +245,12 @@ class Speaker:
                 f"the prompt has {length} tokens, but the context is {self.context}; "
                 "shorten the prompt"
             )
-        if max(ids) >= self.vocabulary:
-            raise InputError(
-                f"the prompt has the token {self.tokenizer.tokens[max(ids)]!r}, which only "
-                "one of the two vocabularies has; leave it out"
-            )
+        for i in ids:
+            if i >= self.vocabulary or i in self.differing:
+                raise InputError(
+                    f"the prompt has the token {self.tokenizer.tokens[i]!r}, which only one of the "
+                    "two vocabularies has; leave it out"
+                )
         return ids
 
     # ------------------------------------------------------------ replies
@@ -354,7 +369,10 @@ def read_prompts(path: str) -> list[list[dict]]:
         if not lines:
             raise InputError(f"{path}: holds no prompts")
         return [[{"role": "user", "content": line}] for line in lines]
-    chats = read_chats(path)
+    reading = read_chats(path)
+    for reason in reading.left_out:
+        raise InputError(f"{path}: has {reason}, which cannot be answered; leave it out")
+    chats = [chat.messages for chat in reading.chats]
     for i, messages in enumerate(chats):
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from chats import Reading, read_chats
 from data import TEMPLATES, Batch, Chats, Tokenizer, epoch_batches, tokenize
 from files import (
     SEED,
@@ -539,7 +540,7 @@ class Checkpoint:
         """Restores weights and optimizer; the next step. InputError for another run's file."""
         if not self.path.exists():
             raise InputError(f"{self.path}: no checkpoint to resume; leave out --resume")
-        file = open_tensors(self.path)
+        file = open_tensors(self.path, verify=self.machine.writes)
         note = file.metadata() or {}
         if note.get("format") != FORMAT:
             raise InputError(f"{self.path}: is no checkpoint of this train.py; leave out --resume")
@@ -638,10 +639,22 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "both (cascade+), the base's hidden state (probe); default: as --value was trained, else "
         "residual",
     )
-    add("--data", help="chats: ShareGPT, messages or Alpaca, .json or .jsonl")
+    add(
+        "--data",
+        nargs="+",
+        help="chats, in files (.json, .jsonl, .gz, .parquet) or folders, in the forms of chats.py",
+    )
     add("--teacher", help="distil this model: its probabilities instead of the chats' own tokens")
     add(
-        "--rejected", help="the chats of --data with worse replies: learn to prefer those of --data"
+        "--rejected",
+        nargs="+",
+        help="the chats of --data with worse replies: learn to prefer those of --data (which may "
+        "have rejected replies itself, and then needs no such file)",
+    )
+    add(
+        "--chosen",
+        action="store_true",
+        help="of data with rejected replies, learn the chosen ones as demonstrations",
     )
     add("--out", help="directory of the trained model (default for the toy: out/toy)")
     add("--full", action="store_true", help="fine-tune the base itself, without a value model")
@@ -649,6 +662,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--evaluate",
         action="store_true",
         help="print the held-out loss of the pair and train nothing",
+    )
+    add(
+        "--show",
+        type=whole(1, 10**6),
+        metavar="N",
+        help="print N chats as the model will see them, targets marked, and train nothing",
     )
     add(
         "--template",
@@ -707,15 +726,16 @@ TRAINING_ONLY = (
 )
 # each option, and those that would have no effect beside it
 CONFLICTS = {
+    "show": ("evaluate", *TRAINING_ONLY),
     "evaluate": TRAINING_ONLY,
     "full": ("value", "random", "connection", "teacher", "rejected", "lam", "norm_over"),
-    "rejected": ("teacher",),
+    "rejected": ("teacher", "chosen"),
 }
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for options that are missing or cannot take effect."""
-    needed = ["data"] if args.evaluate else ["data", "out"]
+    needed = ["data"] if args.evaluate or args.show else ["data", "out"]
     for name in needed:
         if getattr(args, name) is None:
             raise InputError(f"--{name} is missing")
@@ -786,11 +806,14 @@ def work(args: argparse.Namespace, machine: OneDevice) -> None:
             "under torchrun there is only --connection residual, without --random, --teacher, "
             "--rejected and --compile"
         )
-    shared = len(tokenizer.tokens)  # so many leading ids mean the same everywhere
+    shared = len(tokenizer.tokens)  # so many leading ids are everywhere,
+    differing: set[int] = set()  # of which these do not mean the same
     configs = []
     for directory in frozen:
         other = Tokenizer(directory)
-        shared = min(shared, shared_vocabulary(other.tokens, tokenizer.tokens))
+        front, different = shared_vocabulary(other.tokens, tokenizer.tokens)
+        shared = min(shared, front)
+        differing |= set(different)
         configs.append(Config.load(directory))
         other.check(configs[-1].vocab_size)
 
@@ -833,25 +856,29 @@ def work(args: argparse.Namespace, machine: OneDevice) -> None:
         )
 
     # 4) the chats, and the loss
+    reading = read_chats(*args.data)
+    rivals = rejected_replies(args, reading)
     with machine.in_turn():
-        chats = tokenize(args.data, tokenizer, settings.max_length)
+        chats = tokenize(reading, tokenizer, settings.max_length)
     batch_loss = forward
     if args.teacher:
         from extras.losses import distill
 
         batch_loss = partial(distill, load_frozen(args.teacher))
-    if args.rejected:
+    if rivals:
         from extras.losses import BETA, paired, prefer
 
-        chats = paired(chats, tokenize(args.rejected, tokenizer, settings.max_length))
+        with machine.in_turn():
+            chats = paired(chats, tokenize(rivals, tokenizer, settings.max_length))
         settings.beta = BETA
         batch_loss = partial(prefer, settings.beta)
-    print(f"{args.data}: {chats.report}")
-    if int(chats.ids.max()) >= shared:
-        raise InputError(
-            f"{args.data}: uses token {int(chats.ids.max())}, which only one of the two "
-            "vocabularies has"
-        )
+    print(f"{' '.join(map(str, args.data))}\n{chats.report}")
+    check_tokens(chats, tokenizer, shared, differing)
+    if args.show:
+        from extras.show import show
+
+        show(chats, tokenizer, args.show)
+        return
 
     # 5) either measure, or train and save
     if args.evaluate:
@@ -885,6 +912,53 @@ def work(args: argparse.Namespace, machine: OneDevice) -> None:
     if args.full:
         options = f"--base {out} --value none"
     print(f'\nsaved {out}; try\n  python sample.py {options} "Who are you?"')
+
+
+def check_tokens(chats: Chats, tokenizer: Tokenizer, shared: int, differing: set[int]) -> None:
+    """Raises InputError for chats with tokens that do not mean the same to all models."""
+    used = set(chats.ids.unique().tolist())
+    alien = used & differing | {i for i in used if i >= shared}
+    if alien:
+        raise InputError(
+            f"the chats use the token {tokenizer.tokens[min(alien)]!r}, id {min(alien)}, which not "
+            "all of the models' vocabularies have; leave out what it stands for"
+        )
+    if differing:
+        named = ", ".join(f"{i} ({tokenizer.tokens[i]!r})" for i in sorted(differing)[:5])
+        print(
+            f"the vocabularies differ in {len(differing)} of {shared} tokens, which the chats do "
+            f"not use: {named}"
+        )
+
+
+def rejected_replies(args: argparse.Namespace, reading: Reading) -> Reading | None:
+    """The worse replies to the same questions, of a file of their own or of --data itself, if
+    preferences are to be learnt. Raises InputError.
+    """
+    if args.rejected:
+        rivals = read_chats(*args.rejected)
+        if rivals.read != reading.read:
+            raise InputError(
+                f"--rejected must hold the chats of --data, one for one, but has {rivals.read} in "
+                f"the place of {reading.read}"
+            )
+        return rivals
+    preferences = reading.preferences()
+    if args.chosen and not preferences:
+        raise InputError("--chosen has no effect: no chat of --data has a rejected reply")
+    if args.chosen or args.evaluate or not preferences:
+        return None
+    if preferences < len(reading.chats):
+        raise InputError(
+            f"only {preferences} of the {len(reading.chats)} chats have a rejected reply; with "
+            "--chosen the chosen ones are learnt like all others"
+        )
+    for option in given(args, "full", "teacher"):
+        raise InputError(
+            f"the chats of --data are preferences, with which --{option} does not go; --chosen "
+            "learns the chosen replies"
+        )
+    return reading.worse()
 
 
 def origin_of(args: argparse.Namespace, dtype: torch.dtype) -> dict:

@@ -501,7 +501,7 @@ class VocabMap:
     @classmethod
     def load(cls, path: str | Path, base: Tokenizer, value: Tokenizer) -> "VocabMap":
         """Raises InputError for a file that is damaged or was made for other tokenizers."""
-        file = open_tensors(path)
+        file = open_tensors(path, verify=True)
         made = file.metadata() or {}
         if made.get("format") != FORMAT or made.get("method") not in METHODS:
             raise InputError(

@@ -33,7 +33,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer as Backend
 
-from data import Tokenizer, read_chats
+from chats import read_chats
+from data import Tokenizer
 from experiments import toy
 from files import LIST, TABLE, InputError, read_json, writable_folder, write_text
 from model import Llama, load
@@ -325,7 +326,8 @@ def score(
 
     def replies(kind: str) -> list[tuple[str, str]]:
         """Each reply, and what it should be."""
-        chats = read_chats(out / f"{kind}-asked.jsonl")
+        reading = read_chats(out / f"{kind}-asked.jsonl")
+        chats = [chat.messages for chat in reading.chats]
         said = toy.greedy(base, value, tokenizer, chats)
         return [(text, chat[-1]["content"]) for text, chat in zip(said, chats)]
 

@@ -26,7 +26,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Tokenizer, read_chats
+from chats import read_chats
+from data import Tokenizer
 from experiments import toy
 from extras.mapped import FLOOR, PAPERS_WAY, Mapped, retention
 from files import TABLE, InputError, command, read_json, read_texts, write_text
@@ -244,7 +245,7 @@ def transfer(args: argparse.Namespace) -> list[dict]:
     value, tokenizer = load(args.a / "value"), Tokenizer(args.a / "value")
     large = load(args.a / "large")
     base, other = load(args.b / "large"), Tokenizer(args.b / "large")
-    questions = read_chats(args.a / "heldout.jsonl")
+    questions = [chat.messages for chat in read_chats(args.a / "heldout.jsonl").chats]
     facts = [toy.fact_of(chat) for chat in questions]
     world, rng = toy.World.make(seed), random.Random(seed + 2)
     counted, held = hold_out([world.document(rng, world.pairs) for _ in range(DOCUMENTS)])

@@ -42,6 +42,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from chats import read_chats
 from data import Tokenizer, tokenize
 from experiments import bench_measure, bench_sides, claims, family, figures, toy
 from experiments.family import SCORES
@@ -155,7 +156,7 @@ def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
         joined = Connected(settings.connection, value)
         loads = [partial(watched_base, joined, load_base) for load_base in loads]
 
-    chats = tokenize(bases / f"{recipe.data}.jsonl", tokenizer, toy.CONTEXT)
+    chats = tokenize(read_chats(bases / f"{recipe.data}.jsonl"), tokenizer, toy.CONTEXT)
     train(Curriculum(*loads), joined, chats, settings, directory, name=name)
     save_model(value, tokenizer, directory, ", ".join(recipe.beside) or None, settings)
     return directory

@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
-from data import TEMPLATES, Tokenizer, read_chats
+from chats import read_chats
+from data import TEMPLATES, Tokenizer
 from extras.connections import connected
 from files import (
     SEED,
@@ -427,7 +428,7 @@ def fact_of(chat: list[dict]) -> str:
 # ---------------------------------------------------------------- the story of train.py
 
 # options that describe models and data, which here are the family's: not allowed
-NOT_FOR_THE_TOY = ("value", "data", "teacher", "rejected", "full", "evaluate")
+NOT_FOR_THE_TOY = ("value", "data", "teacher", "rejected", "chosen", "full", "evaluate", "show")
 
 
 def runs(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -481,7 +482,7 @@ def settled(args: argparse.Namespace, defaults: dict, **off) -> argparse.Namespa
     # --out is the family's folder, in which each run has its own
     run.base = defaults["base"]
     run.out = defaults["out"]
-    run.data = args.out / "chats.jsonl"
+    run.data = [args.out / "chats.jsonl"]
     if run.dtype == "auto":
         run.dtype = "float32"
     run.resume = args.resume and (run.out / "checkpoint.safetensors").exists()
@@ -500,7 +501,7 @@ def table(args: argparse.Namespace) -> None:
     out, device = args.out, pick_device(args.device)
     tokenizer = Tokenizer(out / "value")
     value, connection = load(out / "value", device), recorded_connection(out / "value")
-    questions = read_chats(out / "heldout.jsonl")
+    questions = [chat.messages for chat in read_chats(out / "heldout.jsonl").chats]
     facts = [fact_of(chat) for chat in questions]
     rows = []
     for name in FULL_SETTINGS:

@@ -114,33 +114,52 @@ class Pairs(Chats):
 
 
 def paired(better: Chats, worse: Chats) -> Pairs:
-    """Both as one: the rival of chat i stands at len(better) + i. Raises InputError if they do not
-    ask the same.
+    """Both as one: the rival of chat i stands at len(better) + i. What one of them lacks, which did
+    not fit, say, is left out of both. Raises InputError if they do not ask the same.
     """
+    # the chats that both have, by their numbers in the files
+    both = set(better.entry.tolist()) & set(worse.entry.tolist())
+    lost = max(len(better), len(worse)) - len(both)
+    better, worse = (
+        subset(chats, [i for i, entry in enumerate(chats.entry.tolist()) if entry in both])
+        for chats in (better, worse)
+    )
+    if not both or questions(better) != questions(worse):
+        raise InputError("the rejected replies do not answer the questions of --data, one for one")
 
-    def questions(chats: Chats) -> list[list[int]]:
-        """Of each chat the ids before its first reply; later turns are not compared."""
-        asked = []
-        for start, end in neighbours(chats.offsets.tolist()):
-            # argmax gives the first of equal ones: the place of the first target
-            length = int(chats.target[start:end].int().argmax())
-            asked.append(chats.ids[start : start + length].tolist())
-        return asked
-
-    if questions(better) != questions(worse):
-        raise InputError(
-            "--rejected must hold the chats of --data, one for one, with other replies; a chat "
-            "that --max_length drops from one of them breaks this, too "
-            f"(--data: {better.report}; --rejected: {worse.report})"
-        )
-    offsets = torch.cat((better.offsets, better.offsets[-1] + worse.offsets[1:]))
+    report = f"{better.report}\n  {'pairs':<18}{len(both):>12,}"
+    if lost:
+        report += f"\n  {'  left out':<18}{lost:>12,}  only one of two replies is usable"
     return Pairs(
         ids=torch.cat((better.ids, worse.ids)),
         target=torch.cat((better.target, worse.target)),
-        offsets=offsets,
+        offsets=torch.cat((better.offsets, better.offsets[-1] + worse.offsets[1:])),
         entry=torch.cat((better.entry, worse.entry)),
-        report=f"{better.report}; {worse.report}",
+        report=report,
     )
+
+
+def subset(chats: Chats, rows: list[int]) -> Chats:
+    """Some of the chats, by their places."""
+    pieces = [slice(int(chats.offsets[i]), int(chats.offsets[i + 1])) for i in rows]
+    lengths = [0] + [piece.stop - piece.start for piece in pieces]
+    return Chats(
+        ids=torch.cat([chats.ids[:0], *(chats.ids[piece] for piece in pieces)]),
+        target=torch.cat([chats.target[:0], *(chats.target[piece] for piece in pieces)]),
+        offsets=torch.tensor(lengths).cumsum(0),
+        entry=chats.entry[rows],
+        report=chats.report,
+    )
+
+
+def questions(chats: Chats) -> list[list[int]]:
+    """Of each chat the ids before its first target; later turns are not compared."""
+    asked = []
+    for start, end in neighbours(chats.offsets.tolist()):
+        # argmax gives the first of equal ones: the place of the first target
+        length = int(chats.target[start:end].int().argmax())
+        asked.append(chats.ids[start : start + length].tolist())
+    return asked
 
 
 # ---------------------------------------------------------------- what both need

@@ -32,7 +32,8 @@ ROOT = Path(__file__).parent.parent
 TESTS = {  # each source file, and the arguments of pytest for the tests beside it
     "ivl.py": ["test_ivl.py", "test_kernels.py"],
     "model.py": ["test_model.py", "test_ivl.py"],
-    "data.py": ["test_data.py", "test_trust.py"],
+    "chats.py": ["test_chats.py"],
+    "data.py": ["test_data.py", "test_chats.py", "test_trust.py"],
     "train.py": ["test_train.py", "test_trust.py", "test_flags.py"],
     "sample.py": ["test_sample.py", "test_trust.py", "test_flags.py"],
     "vocab_map.py": ["test_vocab_map.py"],
@@ -43,6 +44,7 @@ TESTS = {  # each source file, and the arguments of pytest for the tests beside 
     "extras/losses.py": ["test_losses.py", "test_train.py"],
     "extras/mapped.py": ["test_vocab_map.py"],
     "extras/proxy.py": ["test_connections.py", "test_graphs.py", "test_devices.py"],
+    "extras/show.py": ["test_chats.py"],
     # the slow ones too, but for the two slowest
     "extras/sharding.py": ["test_sharding.py", "-m", "", "-k", "not its_share and not a_rank_dies"],
 }

@@ -266,7 +266,7 @@ def test_train_then_evaluate_then_sample(
     assert result.returncode == 0, result.stderr
     assert json.loads((out / "config.json").read_text())["ivl_connection"] == connection
     both = run("train.py", "--base", base_dir, "--value", out, "--data", chats_file, "--evaluate")
-    alone, together = (float(line.split()[-4]) for line in both.stdout.splitlines()[1:])
+    alone, together = (float(line.split()[-4]) for line in both.stdout.splitlines()[-2:])
     assert together < alone
     reply = run(
         "sample.py",

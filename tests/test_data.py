@@ -8,6 +8,7 @@ import torch
 from conftest import make_directory
 
 import data
+from chats import Chat, read_chats
 from files import InputError
 
 CHAT = [
@@ -30,7 +31,7 @@ def plain(base_dir):
 
 def targets_of(tokenizer, chat):
     """The text of each run of targets."""
-    ids, target, _ = data.tokenize_chat(tokenizer, chat)
+    ids, target, _ = data.tokenize_chat(tokenizer, Chat(chat))
     runs, before = [], False
     for i, t in zip(ids, target):
         if t:
@@ -50,7 +51,7 @@ def test_only_replies_are_targets(tmp_path, template, bytelevel):
     tokenizer = data.Tokenizer(make_directory(tmp_path, 0, template, bytelevel))
     first, second = targets_of(tokenizer, CHAT)
     assert [run.replace(" ", "") for run in (first, second)] == ["Onthemat.</s>", "Yes😀!</s>"]
-    ids, target, ends = data.tokenize_chat(tokenizer, CHAT)
+    ids, target, ends = data.tokenize_chat(tokenizer, Chat(CHAT))
     stops = [i for i, token in enumerate(ids) if token == tokenizer.eos]
     assert stops == [end - 1 for end in ends] and all(
         target[i] for i in stops
@@ -73,7 +74,7 @@ def test_mask_worked_by_hand(tmp_path):
     (directory / "tokenizer.json").write_text(json.dumps(raw))
     tokenizer = data.Tokenizer(directory)
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd")]
-    ids, target, ends = data.tokenize_chat(tokenizer, chat)
+    ids, target, ends = data.tokenize_chat(tokenizer, Chat(chat))
     text = "".join(("1" if t else "0") for t in target)
     # <s> ▁User:▁a\n = 9 ids; Assistant: = 10; ▁b = 2; </s>; then ▁ (the tokenizer's) \nUser:▁c\n =
     # 10; and again
@@ -92,13 +93,11 @@ def test_end_of_turn_is_learnt_and_stops_but_not_what_follows(tmp_path):
     tokenizer = data.Tokenizer(directory)
     assert targets_of(tokenizer, CHAT[1:]) == ["On the mat.<|im_end|>", "Yes 😀!<|im_end|>"]
     assert {tokenizer.tokens[i] for i in tokenizer.stop} == {"</s>", "<|im_end|>"}
-    assert (
-        tokenizer.prompt(CHAT[1:2]).count(tokenizer.bos) == 1
-    )  # this template has none of its own
+    assert tokenizer.bos not in tokenizer.prompt(CHAT[1:2])  # this template writes none
 
 
 def test_prompt_is_the_beginning_of_what_was_trained_on(plain):
-    ids, _, ends = data.tokenize_chat(plain, CHAT)
+    ids, _, ends = data.tokenize_chat(plain, Chat(CHAT))
     prompt = plain.prompt(CHAT[:2])
     assert ids[: len(prompt)] == prompt and len(prompt) < ends[0]
 
@@ -109,7 +108,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
         "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
     with pytest.raises(InputError, match="rewrites earlier turns"):
-        data.tokenize_chat(data.Tokenizer(directory), CHAT)
+        data.tokenize_chat(data.Tokenizer(directory), Chat(CHAT))
 
 
 # ---------------------------------------------------------------- files
@@ -149,8 +148,8 @@ def test_forms_are_told_by_content(tmp_path, record, expected, suffix):
         else json.dumps(record) + "\n\n" + json.dumps(record) + "\n"
     )
     path.write_text("\ufeff" + text, encoding="utf-8")
-    chats = data.read_chats(path)
-    assert [" ".join(f"{m['role']}:{m['content']}" for m in chat) for chat in chats] == [
+    chats = read_chats(path).chats
+    assert [" ".join(f"{m['role']}:{m['content']}" for m in chat.messages) for chat in chats] == [
         expected
     ] * 2
 
@@ -179,7 +178,17 @@ def test_malformed_chats_are_named(tmp_path, text, message):
     path = tmp_path / "chats.json"
     path.write_text(text)
     with pytest.raises(InputError, match=f"chats.json.*{message}"):
-        data.read_chats(path)
+        read_chats(path)
+
+
+def rows_of(chats: data.Chats) -> dict[str, str]:
+    """The table that a training begins with."""
+    rows: dict[str, str] = {}
+    for line in chats.report.splitlines():
+        if "warning" not in line:
+            name, note = line[:20].strip(), " ".join(line[20:].split())
+            rows[name] = f"{rows[name]}; {note}" if name in rows else note
+    return rows
 
 
 @pytest.fixture
@@ -194,36 +203,43 @@ def test_long_chats_are_cut_at_a_turn_and_empty_ones_counted(tmp_path, cache, pl
     chats = [turn, turn + long, long, turn[:1], turn[1:] + turn, [turn[1]]]
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
-    tokenized = data.tokenize(path, plain, 60)
+    tokenized = data.tokenize(read_chats(path), plain, 60)
     assert (
         len(tokenized) == 3 and len(set(tokenized.lengths().tolist())) == 1
     )  # the second is cut after its first turn
-    assert (
-        tokenized.report.startswith("3 of 6 chats")
-        and "1 cut to 60 tokens; 3 left out: no reply fits" in tokenized.report
-    )
+    assert rows_of(tokenized) == {
+        "chats read": "6",
+        "left out": "2 no reply to learn; 1 no reply fits into 60 tokens",
+        "chats used": "3",
+        "cut": "1 to 60 tokens",
+        "replies in them": "5",
+        "not learnt": "1 before the first question; 1 past the cut",
+        "tokens": str(len(tokenized.ids)),
+        "targets": f"{sum(tokenized.target)} {tokenized.target.float().mean():.1%}",
+    }
+    assert "warning: 50% of the chats are left out" in tokenized.report
     with pytest.raises(InputError, match="no chat has a reply to learn from within --max_length 5"):
-        data.tokenize(path, plain, 5)
+        data.tokenize(read_chats(path), plain, 5)
 
 
 def test_tokens_are_cached_until_something_changes(tmp_path, cache, plain, chats_file, monkeypatch):
-    first = data.tokenize(chats_file, plain, 100)
+    first = data.tokenize(read_chats(chats_file), plain, 100)
     with monkeypatch.context() as patch:
         patch.setattr(data, "tokenize_chat", lambda *_: pytest.fail("tokenized again"))
-        again = data.tokenize(chats_file, plain, 100)
+        again = data.tokenize(read_chats(chats_file), plain, 100)
     assert (
         torch.equal(first.ids, again.ids)
         and torch.equal(first.target, again.target)
         and first.report == again.report
     )
-    data.tokenize(chats_file, plain, 90)
+    data.tokenize(read_chats(chats_file), plain, 90)
     chats_file.write_text(chats_file.read_text().replace("cat", "dog"))
-    assert not torch.equal(data.tokenize(chats_file, plain, 100).ids, first.ids)
+    assert not torch.equal(data.tokenize(read_chats(chats_file), plain, 100).ids, first.ids)
     assert len(list(cache.iterdir())) == 3
 
 
 def test_batches_are_shifted_and_padded(tmp_path, cache, plain, chats_file):
-    chats = data.tokenize(chats_file, plain, 200)
+    chats = data.tokenize(read_chats(chats_file), plain, 200)
     inputs, targets, counted = chats.batch([0, 2])
     assert torch.equal(counted, targets >= 0)
     for row, i in enumerate([0, 2]):
@@ -270,6 +286,20 @@ def test_streaming_gives_the_text_and_never_half_a_character(tmp_path, bytelevel
     assert stream.step(tokenizer.encode("b cat")[-1]).strip("\ufffd") == " cat"
 
 
+def test_a_stream_decodes_few_ids_however_long_the_text(plain):
+    ids = plain.encode("The cat says 你好 and é!") * 9
+    stream, decoded = data.TextStream(plain), []
+
+    def decode(some):
+        decoded.append(len(some))
+        return plain.decode(some)
+
+    stream.decode = decode
+    for i in ids:
+        stream.step(i)
+    assert max(decoded) < 9 < len(ids) / 9
+
+
 def test_saved_tokenizer_works_in_transformers(plain, tmp_path):
     import transformers
 
@@ -301,8 +331,9 @@ def test_damaged_tokenizers_are_named(base_dir, tmp_path, realdata):
 @pytest.mark.parametrize("name", ["llama-2", "llama-3"])
 def test_real_tokenizers_on_real_chats(realdata, name):
     tokenizer = data.Tokenizer(realdata / "tokenizers" / name)
-    for chat in data.read_chats(realdata / "chats" / "sharegpt-500.json")[:60]:
-        ids, target, ends = data.tokenize_chat(tokenizer, chat)
+    for record in read_chats(realdata / "chats" / "sharegpt-500.json").chats[:60]:
+        chat = record.messages
+        ids, target, ends = data.tokenize_chat(tokenizer, record)
         replies = [m["content"].strip() for m in chat if m["role"] == "assistant"]
         eos = tokenizer.tokens[tokenizer.eos]
         assert [

@@ -59,6 +59,8 @@ TRAIN = {
     "data": ["--data", "OTHER"],
     "teacher": ["--teacher", "BASE"],
     "rejected": ["--rejected", "CHATS"],
+    "chosen": ["--chosen"],
+    "show": ["--show", "2"],
     "out": ["--out", "ELSEWHERE"],
     "full": ["--full"],
     "evaluate": ["--evaluate"],

@@ -128,7 +128,13 @@ def test_transfer_between_two_families(run, tmp_path, monkeypatch):
         toy.make_family(tmp_path / f"{family}{seed}", seed, torch.device("cpu"), family)
     shutil.copytree(tmp_path / "a0" / "small", tmp_path / "a0" / "value")
     monkeypatch.setattr(mapping, "DOCUMENTS", 40)
-    monkeypatch.setattr(mapping, "read_chats", lambda path, read=mapping.read_chats: read(path)[:6])
+
+    def few(path, read=mapping.read_chats):
+        reading = read(path)
+        reading.chats = reading.chats[:6]
+        return reading
+
+    monkeypatch.setattr(mapping, "read_chats", few)
     rows = mapping.transfer(mapping.argparse.Namespace(a=tmp_path / "a0", b=tmp_path / "b0"))
     assert [row["map"] for row in rows] == ["none", "ours", "Algorithm 1"]
     assert all(row["form"] == row["right"] == 0 for row in rows)

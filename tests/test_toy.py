@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from data import Tokenizer, read_chats
+from chats import read_chats
+from data import Tokenizer
 from experiments import toy
 from files import InputError
 from model import load
@@ -91,7 +92,7 @@ def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="seed 0"):
         toy.make_family(tmp_path / "a", 1, torch.device("cpu"))
     tokenizer, base = Tokenizer(tmp_path / "a" / "small"), load(tmp_path / "a" / "small")
-    chats = read_chats(tmp_path / "a" / "heldout.jsonl")[:8]
+    chats = [chat.messages for chat in read_chats(tmp_path / "a" / "heldout.jsonl").chats[:8]]
     assert toy.score(base, None, tokenizer, chats) == {"form": 0.0, "right": 0.0}
     assert toy.knows(base, tokenizer, [toy.fact_of(chat) for chat in chats]) < 0.5
 
@@ -108,7 +109,7 @@ def test_the_table_tells_the_story(run, tmp_path):
     assert plugged["form"] >= 0.95 and plugged["right"] >= max(0.80, 0.9 * full["right"])
     assert rows["small", "value"]["right"] <= 0.65
     assert plugged["value_parameters"] <= plugged["base_parameters"] / 4
-    question = read_chats(tmp_path / "heldout.jsonl")[0]
+    question = read_chats(tmp_path / "heldout.jsonl").chats[0].messages
     command = result.stdout.strip().splitlines()[-1]
     assert command.startswith(
         f"  python sample.py --base {tmp_path}/large --value {tmp_path}/value"

@@ -15,6 +15,7 @@ from conftest import assert_refused, in_a_process
 import data
 import ivl
 import train as trainer
+from chats import read_chats
 from extras import losses as losses_module
 from extras.connections import Connected, Probe
 from files import InputError
@@ -39,7 +40,7 @@ def entries(path, key="loss"):
 @pytest.fixture
 def setup(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    chats = data.tokenize(chats_file, data.Tokenizer(value_dir), 200)
+    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(value_dir), 200)
 
     base = load(base_dir)
 
@@ -98,7 +99,7 @@ def test_the_norm_over_all_counts_every_position_of_the_whole_batch(
     setup, value_dir, chats_file, tmp_path, size
 ):
     """Prompt and padding too, as the released code does, however the batch is cut into parts."""
-    chats = data.tokenize(chats_file, data.Tokenizer(value_dir), 200)
+    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(value_dir), 200)
     settings = trainer.Settings(**FAST | {"norm_over": "all"})
     rows = trainer.split(chats, settings)[1][0]
     with torch.no_grad():
@@ -258,7 +259,7 @@ def test_preferences_are_learnt_and_micro_batches_keep_pairs_together(
     )
     tokenizer = data.Tokenizer(value_dir)
     pairs = losses_module.paired(
-        *(data.tokenize(file, tokenizer, 200) for file in (chats_file, worse))
+        *(data.tokenize(read_chats(file), tokenizer, 200) for file in (chats_file, worse))
     )
     (_, whole), (_, parts) = (
         setup(
@@ -308,7 +309,7 @@ def test_train_then_sample(run, base_dir, value_dir, chats_file, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (
-        "24 of 24 chats" in result.stdout
+        "chats used                  24" in result.stdout
         and f"python sample.py --base {base_dir} --value {out}" in result.stdout
     )
     assert {"config.json", "model.safetensors", "tokenizer.json", "log.jsonl"} <= set(
@@ -333,7 +334,7 @@ def test_train_then_sample(run, base_dir, value_dir, chats_file, tmp_path):
     )
     assert reply.returncode == 0 and "tok/s" in reply.stderr
     both = run("train.py", "--base", base_dir, "--value", out, "--data", chats_file, "--evaluate")
-    alone, together = (float(line.split()[-4]) for line in both.stdout.splitlines()[1:])
+    alone, together = (float(line.split()[-4]) for line in both.stdout.splitlines()[-2:])
     assert together < alone
 
 
@@ -487,7 +488,7 @@ def test_a_curriculum_of_the_command_line_frees_its_bases_too(
 def test_training_is_adamw_by_hand_with_the_scheduled_rate(setup, base_dir, value_dir, tmp_path):
     """Not only the log, also the weights must come of the rate that a step is meant to have."""
     trained, _ = setup("a", warmup=0.25)
-    chats = data.tokenize(tmp_path / "chats.json", data.Tokenizer(value_dir), 200)
+    chats = data.tokenize(read_chats(tmp_path / "chats.json"), data.Tokenizer(value_dir), 200)
     _, batches = trainer.split(chats, trainer.Settings(**FAST))
     base, value = load(base_dir), load(value_dir)
     weights = list(value.parameters())

@@ -17,6 +17,7 @@ import data
 import files
 import model as llama
 import train as trainer
+from chats import read_chats
 from files import InputError
 from model import load
 
@@ -361,7 +362,7 @@ def test_who_is_asked_to_stop_saves_and_says_how_to_go_on(
 
 def test_a_damaged_cache_is_made_again(models, chats_file):
     tokenizer = data.Tokenizer(models["value"])
-    right = data.tokenize(chats_file, tokenizer, 200)
+    right = data.tokenize(read_chats(chats_file), tokenizer, 200)
     (cached,) = data.CACHE.glob("*.safetensors")
     assert data.CACHE.stat().st_mode & 0o777 == 0o700  # other people's chats
     whole = cached.read_bytes()
@@ -369,7 +370,7 @@ def test_a_damaged_cache_is_made_again(models, chats_file):
     flipped[-3] ^= 1
     for damaged in (b"", whole[:-9], bytes(flipped)):
         cached.write_bytes(damaged)
-        again = data.tokenize(chats_file, tokenizer, 200)
+        again = data.tokenize(read_chats(chats_file), tokenizer, 200)
         assert again.fingerprint() == right.fingerprint() and cached.read_bytes() == whole
 
 
