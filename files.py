@@ -310,13 +310,12 @@ def writing(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary name, which replaces `path` if the block ends without an error."""
     path = Path(path)
+    refuse_no_file(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             clear_temporaries(path.parent)
-            if path.exists() and not path.is_file():
-                raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
             yield temporary
             # on the disk, before what it replaces is gone
             with open(temporary, "rb") as file:
@@ -324,6 +323,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         remove(temporary)
+
+
+def refuse_no_file(path: Path) -> None:
+    """Raises InputError for a folder, and for a device, say, which a file would take the place of."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
 
 
 def clear_temporaries(folder: Path) -> None:
@@ -408,6 +413,12 @@ def writable_folder(path: str | Path) -> Path:
         temporary.touch()
     (Path(path) / ".writable").unlink(missing_ok=True)  # another rank may have been faster
     return Path(path)
+
+
+def writable_file(path: str | Path) -> None:
+    """Proves that a file can be written, before minutes are spent on what goes into it."""
+    refuse_no_file(Path(path))
+    writable_folder(Path(path).parent)
 
 
 @contextmanager

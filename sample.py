@@ -43,7 +43,7 @@ from files import (
     torchrun,
     visible,
     whole,
-    writable_folder,
+    writable_file,
     write_text,
 )
 from ivl import choose, generate, never, shared_vocabulary
@@ -544,7 +544,7 @@ def check(args: argparse.Namespace) -> None:
     for name in given(args, "out", "html"):
         file = getattr(args, name)
         refuse_overwriting({name: file}, {"prompts": args.prompts, "map": args.map})
-        writable_folder(Path(file).parent)
+        writable_file(file)
 
 
 def fill_in(args: argparse.Namespace) -> None:

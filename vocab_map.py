@@ -48,6 +48,7 @@ from files import (
     read_texts,
     refuse_overwriting,
     save_tensors,
+    writable_file,
     write_text,
 )
 
@@ -603,6 +604,9 @@ def main() -> None:
         refuse_overwriting({"json": args.json}, {"text, --heldout or --out": text})
     for text in [*args.text, *(args.heldout or [])]:
         refuse_overwriting({"out": args.out}, {"text or --heldout": text})
+
+    for file in filter(None, (args.out, args.json)):
+        writable_file(file)
 
     # texts to count in, texts to measure on
     base, value = Tokenizer(args.base), Tokenizer(args.value)

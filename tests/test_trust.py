@@ -184,6 +184,9 @@ def test_sample_does_not_overwrite_its_prompts(run, models, tmp_path):
         run("sample.py", *pair, "--prompts", prompts, "--out", prompts), "--out and --prompts"
     )
     assert prompts.read_text() == "hello\n"
+    for folder in (".", tmp_path):
+        refused = run("sample.py", *pair, "--prompts", prompts, "--out", folder)
+        assert refused.returncode == 2 and "it is a folder" in refused.stderr
 
 
 # ---------------------------------------------------------------- numbers that are none
