@@ -326,7 +326,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def refuse_no_file(path: Path) -> None:
-    """Raises InputError for a folder, and for a device, say, which a file would take the place of."""
+    """Raises InputError for a folder, and for a device, say, in whose place a file would stand."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
 

@@ -255,7 +255,7 @@ def train(
     bases: the frozen base of each step, or None for it: then `value` is trained by itself.
     batch_loss: the loss of a part of a batch, called as `forward` is.
     out, name: the folder of log and checkpoint, and what the log calls this run.
-    origin: what else the numbers come from, see `origin_of`; a checkpoint remembers it.
+    origin: what else the numbers come from, see `Run.origin`; a checkpoint remembers it.
     Each step's losses go to out/log.jsonl. After every `save_every` steps, after an epoch, and when
     the run is to stop, all that the rest of it depends on goes to out/checkpoint.safetensors.
     Raises InputError for too few chats and for losses that are no numbers, KeyboardInterrupt when
@@ -761,14 +761,20 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
     """One training, or one evaluation, as the command line asks for it."""
     check(args)
-    folder = nullcontext()
-    if args.out and machine.writes:
-        folder = own_folder(args.out, ["log.jsonl", CHECKPOINT])
+    if args.show:
+        Run(args, machine).show()
+        return
+    if args.evaluate:
+        Run(args, machine).evaluate()
+        return
+
+    # in a folder that no other run has; where a run was stopped, the command that goes on
+    folder = own_folder(args.out, ["log.jsonl", CHECKPOINT]) if machine.writes else nullcontext()
     with folder:
         try:
-            work(args, machine)
+            Run(args, machine).train()
         except KeyboardInterrupt:
-            if args.out and (Path(args.out) / CHECKPOINT).exists():
+            if (Path(args.out) / CHECKPOINT).exists():
                 print(f"stopped; this goes on:\n  {resuming()}", file=sys.stderr)
             raise
 
@@ -784,134 +790,204 @@ def resuming() -> str:
     return f"{start} {shlex.join(words)}"
 
 
-def work(args: argparse.Namespace, machine: OneDevice) -> None:
-    """What `run` does, in a folder of its own."""
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    autocast = FULL_PRECISION
-    if dtype != torch.float32:
-        autocast = torch.autocast(device.type, dtype)
+class Run:
+    """What a command line asks for: tokenizer, models, settings, chats and loss, step by step."""
 
-    # 1) tokenizers, which must agree on what an id means, and the shapes of the frozen models
-    source = args.value or args.base[0]
-    frozen = args.base + ([args.teacher] if args.teacher else [])
-    tokenizer = Tokenizer(source, args.template)
-    connection = args.connection
-    if connection is None:
-        connection = recorded_connection(args.value) if args.value else "residual"
-    if machine is not ONE_DEVICE and (
-        connection != "residual" or given(args, "random", "teacher", "rejected", "compile")
-    ):
-        raise InputError(
-            "under torchrun there is only --connection residual, without --random, --teacher, "
-            "--rejected and --compile"
-        )
-    shared = len(tokenizer.tokens)  # so many leading ids are everywhere,
-    differing: set[int] = set()  # of which these do not mean the same
-    configs = []
-    for directory in frozen:
-        other = Tokenizer(directory)
-        front, different = shared_vocabulary(other.tokens, tokenizer.tokens)
-        shared = min(shared, front)
-        differing |= set(different)
-        configs.append(Config.load(directory))
-        other.check(configs[-1].vocab_size)
+    def __init__(self, args: argparse.Namespace, machine: OneDevice = ONE_DEVICE):
+        self.args = args
+        self.machine = machine
+        self.device = pick_device(args.device)
+        self.dtype = pick_dtype(args.dtype, self.device)
+        self.autocast = FULL_PRECISION
+        if self.dtype != torch.float32:
+            self.autocast = torch.autocast(self.device.type, self.dtype)
+        self.match_vocabularies()  # tokenizer, configs, shared, differing
+        self.load_models()  # connection, value, trained, bases
+        self.settle()  # settings
+        self.read_chats()  # chats, batch_loss
 
-    # 2) the models
-    def load_frozen(directory: str) -> Llama:
-        base = machine.load(directory, device, dtype, dtype).requires_grad_(False)
-        return compiled(base) if args.compile else base
+    # ------------------------------------------------------------ the steps
 
-    value = None
-    if args.value or not args.evaluate:
-        value = start_value(args, connection, configs[0], device, dtype, machine)
-        tokenizer.check(value.config.vocab_size)
-    loads = [partial(load_frozen, directory) for directory in args.base]
-    if args.full:
-        loads = [lambda: None]
-    trained = value  # what `train` is given: the value model, or the Connected that wraps it
-    if connection != "residual":
-        from extras.connections import Connected
+    def match_vocabularies(self) -> None:
+        """The tokenizer, and the shapes of the frozen models; all must agree on what an id means.
+        Raises InputError.
+        """
+        args = self.args
+        self.tokenizer = Tokenizer(args.value or args.base[0], args.template)
+        self.shared = len(self.tokenizer.tokens)  # so many leading ids are everywhere,
+        self.differing: set[int] = set()  # of which these do not mean the same
+        self.configs = []
+        for directory in args.base + ([args.teacher] if args.teacher else []):
+            other = Tokenizer(directory)
+            shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
+            self.shared = min(self.shared, shared)
+            self.differing |= set(differing)
+            self.configs.append(Config.load(directory))
+            other.check(self.configs[-1].vocab_size)
 
-        def load_watched(directory: str) -> Llama:
-            # called by Curriculum.at, when `trained` is the Connected that is made below
-            return trained.watched(load_frozen(directory))
+    def load_models(self) -> None:
+        """The value model as it begins, and the bases, each of which is loaded when its turn comes.
+        An evaluation of the base alone has no value model.
+        """
+        args = self.args
+        self.connection = args.connection
+        if self.connection is None:
+            self.connection = recorded_connection(args.value) if args.value else "residual"
+        if self.connection != "residual" or given(args, "random", "teacher", "rejected", "compile"):
+            self.refuse_ranks()
 
-        trained = Connected(connection, value)
-        loads = [partial(load_watched, directory) for directory in args.base]
-    bases = Curriculum(*loads)
+        self.value = None
+        if args.value or not args.evaluate:
+            self.value = self.start_value()
+            self.tokenizer.check(self.value.config.vocab_size)
+        loads = [partial(self.load_frozen, directory) for directory in args.base]
+        if args.full:
+            loads = [lambda: None]
 
-    # 3) the settings: the paper's, but for what was given
-    beside = [] if args.full else configs
-    settings = Settings(**paper_settings(value or bases.at(0, 1), beside), connection=connection)
-    for field in fields(Settings):
-        if getattr(args, field.name, None) is not None:
-            setattr(settings, field.name, getattr(args, field.name))
-    context = min(config.max_position_embeddings for config in configs)
-    if value is not None:
-        context = min(context, value.config.max_position_embeddings)
-    if settings.max_length > context:
-        raise InputError(
-            f"--max_length = {settings.max_length}; the models' context is {context} tokens"
-        )
+        # what `train` is given: the value model, or the Connected that wraps it
+        self.trained = self.value
+        if self.connection != "residual":
+            from extras.connections import Connected
 
-    # 4) the chats, and the loss
-    reading = read_chats(*args.data)
-    rivals = rejected_replies(args, reading)
-    with machine.in_turn():
-        chats = tokenize(reading, tokenizer, settings.max_length)
-    batch_loss = forward
-    if args.teacher:
-        from extras.losses import distill
+            self.trained = Connected(self.connection, self.value)
+            loads = [partial(self.load_watched, directory) for directory in args.base]
+        self.bases = Curriculum(*loads)
 
-        batch_loss = partial(distill, load_frozen(args.teacher))
-    if rivals:
-        from extras.losses import BETA, paired, prefer
+    def refuse_ranks(self) -> None:
+        if self.machine is not ONE_DEVICE:
+            raise InputError(
+                "under torchrun there is only --connection residual, without --random, --teacher, "
+                "--rejected, --compile and preferences"
+            )
 
-        with machine.in_turn():
-            chats = paired(chats, tokenize(rivals, tokenizer, settings.max_length))
-        settings.beta = BETA
-        batch_loss = partial(prefer, settings.beta)
-    print(f"{' '.join(map(str, args.data))}\n{chats.report}")
-    check_tokens(chats, tokenizer, shared, differing)
-    if args.show:
+    def load_frozen(self, directory: str) -> Llama:
+        base = self.machine.load(directory, self.device, self.dtype, self.dtype)
+        base.requires_grad_(False)
+        return compiled(base) if self.args.compile else base
+
+    def load_watched(self, directory: str) -> Llama:
+        """A base that shows the value model what it says."""
+        return self.trained.watched(self.load_frozen(directory))
+
+    def start_value(self) -> Llama:
+        """The model that is trained, as it begins: in float32, whatever the arithmetic."""
+        args = self.args
+        seed = args.seed or 0
+        if self.connection == "probe":
+            from extras.connections import Probe
+
+            # a new one has random weights as it is, and there are no blocks in it
+            without = ["checkpointing", "compile"] + ([] if args.value else ["random"])
+            for option in given(args, *without):
+                raise InputError(f"--{option} has no effect on a probe; leave it out")
+            if args.value:
+                value = Probe.load(args.value, self.device)
+            else:
+                value = Probe(self.configs[0]).init_weights(seed).to(self.device)
+            value.check(args.base)
+        else:
+            start = args.value or args.base[0]
+            value = self.machine.load(start, self.device, torch.float32, self.dtype)
+            value.checkpointing = args.checkpointing
+        if args.random:
+            value.init_weights(seed)
+        return compiled(value) if args.compile else value
+
+    def settle(self) -> None:
+        """The settings: the paper's, but for what was given. Raises InputError."""
+        args = self.args
+        beside = [] if args.full else self.configs
+        model = self.value or self.bases.at(0, 1)
+        self.settings = Settings(**paper_settings(model, beside), connection=self.connection)
+        for field in fields(Settings):
+            if getattr(args, field.name, None) is not None:
+                setattr(self.settings, field.name, getattr(args, field.name))
+
+        configs = [model.config, *self.configs]
+        context = min(config.max_position_embeddings for config in configs)
+        if self.settings.max_length > context:
+            raise InputError(
+                f"--max_length = {self.settings.max_length}; the models' context is {context} "
+                "tokens"
+            )
+
+    def read_chats(self) -> None:
+        """The chats as tokens, and the loss that is theirs; says what became of them."""
+        args = self.args
+        reading = read_chats(*args.data)
+        rivals = rejected_replies(args, reading)
+        with self.machine.in_turn():
+            self.chats = tokenize(reading, self.tokenizer, self.settings.max_length)
+        self.batch_loss = forward
+        if args.teacher:
+            from extras.losses import distill
+
+            self.batch_loss = partial(distill, self.load_frozen(args.teacher))
+        if rivals:
+            from extras.losses import BETA, paired, prefer
+
+            self.refuse_ranks()
+            worse = tokenize(rivals, self.tokenizer, self.settings.max_length)
+            self.chats = paired(self.chats, worse)
+            self.settings.beta = BETA
+            self.batch_loss = partial(prefer, BETA)
+        print(f"{' '.join(map(str, args.data))}\n{self.chats.report}")
+        check_tokens(self.chats, self.tokenizer, self.shared, self.differing)
+
+    # ------------------------------------------------------------ what is done with it
+
+    def show(self) -> None:
         from extras.show import show
 
-        show(chats, tokenizer, args.show)
-        return
+        show(self.chats, self.tokenizer, self.args.show)
 
-    # 5) either measure, or train and save
-    if args.evaluate:
-        base = bases.at(0, 1)
-        rows = list(range(len(chats)))
+    def evaluate(self) -> None:
+        """Prints the held-out loss of the base alone, and of the pair."""
+        base = self.bases.at(0, 1)
+        rows = list(range(len(self.chats)))
         measured = {"base alone": (base, None)}
-        if args.value:
-            measured["base + value"] = (base, trained)
+        if self.args.value:
+            measured["base + value"] = (base, self.trained)
         for name, pair in measured.items():
-            nats = held_out_loss(*pair, chats, rows, settings.micro_batch_size, autocast, machine)
+            size = self.settings.micro_batch_size
+            nats = held_out_loss(*pair, self.chats, rows, size, self.autocast, self.machine)
             print(f"{name}: {nats:.4f} nats per token")
-        return
-    out = Path(args.out)
-    train(
-        bases,
-        trained,
-        chats,
-        settings,
-        out,
-        batch_loss=batch_loss,
-        machine=machine,
-        resume=args.resume,
-        save_every=args.save_every or 500,
-        autocast=autocast,
-        name="full" if args.full else "value",
-        origin=origin_of(args, dtype),
-    )
-    of_bases = None if args.full else "`, `".join(args.base)
-    save_model(value, tokenizer, out, of_bases, settings, machine)
-    options = f"--base {args.base[-1]} --value {out}"
-    if args.full:
-        options = f"--base {out} --value none"
-    print(f'\nsaved {out}; try\n  python sample.py {options} "Who are you?"')
+
+    def train(self) -> None:
+        """Trains, and saves what was trained."""
+        args = self.args
+        out = Path(args.out)
+        train(
+            self.bases,
+            self.trained,
+            self.chats,
+            self.settings,
+            out,
+            batch_loss=self.batch_loss,
+            machine=self.machine,
+            resume=args.resume,
+            save_every=args.save_every or 500,
+            autocast=self.autocast,
+            name="full" if args.full else "value",
+            origin=self.origin(),
+        )
+        of_bases = None if args.full else "`, `".join(args.base)
+        save_model(self.value, self.tokenizer, out, of_bases, self.settings, self.machine)
+        options = f"--base {args.base[-1]} --value {out}"
+        if args.full:
+            options = f"--base {out} --value none"
+        print(f'\nsaved {out}; try\n  python sample.py {options} "Who are you?"')
+
+    def origin(self) -> dict:
+        """What the numbers of a run come from, besides its settings and chats."""
+        args = self.args
+        return {
+            "base": [fingerprint(directory) for directory in args.base],
+            "value": fingerprint(args.value) if args.value else None,
+            "teacher": fingerprint(args.teacher) if args.teacher else None,
+            "random": args.random,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
 
 def check_tokens(chats: Chats, tokenizer: Tokenizer, shared: int, differing: set[int]) -> None:
@@ -959,47 +1035,6 @@ def rejected_replies(args: argparse.Namespace, reading: Reading) -> Reading | No
             "learns the chosen replies"
         )
     return reading.worse()
-
-
-def origin_of(args: argparse.Namespace, dtype: torch.dtype) -> dict:
-    """What the numbers of a run come from, besides its settings and chats."""
-    return {
-        "base": [fingerprint(directory) for directory in args.base],
-        "value": fingerprint(args.value) if args.value else None,
-        "teacher": fingerprint(args.teacher) if args.teacher else None,
-        "random": args.random,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
-def start_value(
-    args: argparse.Namespace,
-    connection: str,
-    base_config: Config,
-    device: torch.device,
-    dtype: torch.dtype,
-    machine: OneDevice,
-) -> Llama:
-    """The model that is trained, as it begins: in float32, whatever the arithmetic."""
-    seed = args.seed or 0
-    if connection == "probe":
-        from extras.connections import Probe
-
-        # a new one has random weights as it is, and there are no blocks in it
-        without = ["checkpointing", "compile"] + ([] if args.value else ["random"])
-        for option in given(args, *without):
-            raise InputError(f"--{option} has no effect on a probe; leave it out")
-        if args.value:
-            value = Probe.load(args.value, device)
-        else:
-            value = Probe(base_config).init_weights(seed).to(device)
-        value.check(args.base)
-    else:
-        value = machine.load(args.value or args.base[0], device, torch.float32, dtype)
-        value.checkpointing = args.checkpointing
-    if args.random:
-        value.init_weights(seed)
-    return compiled(value) if args.compile else value
 
 
 def compiled(model: Llama) -> Llama:

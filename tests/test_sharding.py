@@ -189,7 +189,7 @@ def test_three_ranks_train_as_one(one, tmp_path):
     result = torchrun(3, ROOT / "train.py", *args, "--checkpointing", "--out", tmp_path / "three")
     assert result.returncode == 0, result.stderr
     assert_same(tmp_path / "three", expected, atol=1e-4)
-    assert result.stdout.count("chats used                  24") == result.stdout.count("sample.py") == 1
+    assert result.stdout.count("chats used") == result.stdout.count("sample.py") == 1
 
 
 def test_what_all_ranks_refuse_is_told_once(pair, tmp_path):
