@@ -6,6 +6,7 @@ form looks like stands beside its reader below. Nothing is dropped silently: a r
 used is counted with its reason, one of no known form ends in an error that names its place.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,12 +24,16 @@ ROLES = {
     "assistant": "assistant",
     "model": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
 }
 # turns between a model and a program: chats that have them are left out
-TOOLS = ("tool", "tools", "tool_call", "tool_response", "function", "function_call", "observation")
+TOOLS = (
+    *("tool", "tools", "tool_call", "tool_response", "tool_result", "tool_results"),
+    *("function", "function_call", "function_response", "observation", "ipython", "environment"),
+)
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 FORMS = (
     "'conversations' (from/value), 'messages' (role/content), 'instruction' and 'output', or "
@@ -49,13 +54,13 @@ class Chat:
     """One chat of a file.
 
     entry: its number among all records that were read, from 0 on.
-    context: places of replies that are only read, not learnt.
+    unlearnt: places of replies that are only read, not learnt, each with the reason.
     rejected: of a preference, a worse reply than the last one.
     """
 
     messages: list[dict]
     entry: int = 0
-    context: set[int] = field(default_factory=set)
+    unlearnt: dict[int, str] = field(default_factory=dict)
     rejected: str | None = None
 
     def worse(self) -> "Chat":
@@ -126,12 +131,26 @@ def records_of(path: Path) -> list[tuple[str, object]]:
     """The records of one file, each with its place. Raises InputError."""
     if path.suffix == ".parquet":
         return [(f"row {i}", record) for i, record in enumerate(read_parquet(path))]
-    lines = path.name.endswith((".jsonl", ".jsonl.gz"))
-    if not lines:
-        text = read_text(path)
-        if text.lstrip().startswith("["):
-            return [(f"entry {i}", record) for i, record in enumerate(parse_json(text, path))]
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        whole = one_json(path)
+        if whole is not None:
+            return [(f"entry {i}", record) for i, record in enumerate(whole)]
     return [(f"line {i}", record) for i, record in read_lines(path)]
+
+
+def one_json(path: Path) -> list | None:
+    """The records of a file that is one JSON: a list, an object with a list under "data", or a
+    single record. None for lines of JSON under the name .json. Raises InputError.
+    """
+    text = read_text(path).lstrip()
+    if text.startswith("["):
+        return parse_json(text, path)
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # `read_lines` says what is wrong, if it is no better
+    data = parsed.get("data") if isinstance(parsed, dict) else None
+    return data if isinstance(data, list) else [parsed]
 
 
 def read_parquet(path: Path) -> list[dict]:
@@ -187,116 +206,163 @@ def chat_of(record: object) -> Chat:
 
     Replies that say themselves that they are not to be learnt: "weight": 0, "train": false or
     "loss": false at a turn, "label": false at a whole record, which is then left out:
-    >>> chat_of({"messages": [*turns, turns[0], {**you, "weight": 0}]}).context
-    {3}
+    >>> chat_of({"messages": [*turns, turns[0], {**you, "weight": 0}]}).unlearnt
+    {3: 'said not to be learnt'}
     >>> chat_of({"prompt": "Who?", "completion": "You.", "label": False})
     Traceback (most recent call last):
     chats.LeftOut: labelled as a bad reply
     """
     if not isinstance(record, dict):
         raise Unknown("no object {...}")
+    record = without_null(record)
+    if record.get("tools") or record.get("functions"):
+        raise LeftOut("a chat with tools")
+    if "chosen" in record or "rejected" in record:
+        return preference_of(record)
     for key in ("label", "kto_tag"):
-        if key in record and record[key] in (False, 0, "false", "False"):
+        if record.get(key) is False or record.get(key) in ("false", "False"):  # 0 may be a class
             raise LeftOut("labelled as a bad reply")
 
-    # the turns up to a reply, or with it
     turns = prompt_of(record)
-    chosen, rejected = record.get("chosen"), record.get("rejected")
-    is_preference = chosen is not None and rejected is not None
-    if turns is None and not is_preference:
+    if turns is None:
         raise Unknown("none of the fields below")
-    messages, context = messages_of(turns or [])
-    worse = None
-    if is_preference:
-        better, worse = replies_of(messages, chosen, rejected)
-        messages = better
-        # only the last reply is what was preferred
-        context = {i for i, m in enumerate(messages[:-1]) if m["role"] == "assistant"}
-
-    if record.get("system") and messages[:1] and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": text_of(record["system"])}, *messages]
-        context = {i + 1 for i in context}
-    return Chat(messages, context=context, rejected=worse)
+    messages, unlearnt = messages_of(turns + reply_of(record, turns))
+    return Chat(messages, unlearnt=unlearnt)
 
 
 def prompt_of(record: dict) -> list | None:
-    """The turns of a record without its preference; None if it has none of its own."""
-    # whole chats under chosen and rejected have their prompt in them
-    if is_whole_chat(record.get("chosen")) and is_whole_chat(record.get("rejected")):
-        return None
-    for key in ("conversations", "messages", "conversation"):
-        if key in record:
-            return record[key]
-
+    """The turns of a record, without a reply that it has in a field of its own; None if there are
+    none. A system message may stand beside them.
+    """
+    key = next(
+        (key for key in ("conversations", "messages", "conversation") if key in record), None
+    )
+    asked = next(
+        (key for key in ("instruction", "prompt", "question", "input") if key in record), None
+    )
     turns = []
-    if "instruction" in record:
-        question = text_of(record["instruction"])
-        more = record.get("input") or record.get("context")
-        if more:
-            question += "\n\n" + text_of(more)
-        for exchange in record.get("history") or []:
-            if not isinstance(exchange, list) or len(exchange) != 2:
-                raise Unknown("'history' is no list of pairs")
-            turns += [turn("user", exchange[0]), turn("assistant", exchange[1])]
-        turns.append(turn("user", question))
-    elif isinstance(record.get("prompt"), list):
-        turns += record["prompt"]
-    elif "prompt" in record:
-        turns.append(turn("user", record["prompt"]))
+    for exchange in record.get("history") or []:
+        if not isinstance(exchange, list) or len(exchange) != 2:
+            raise Unknown("'history' is no list of pairs")
+        turns += [turn("user", exchange[0]), turn("assistant", exchange[1])]
+    if key is not None:
+        turns += turns_of(record[key])
+    elif isinstance(record.get(asked), list):
+        turns += record[asked]
+    elif asked is not None:
+        # a task, and what it is about
+        parts = [record[asked]] + [
+            record.get(more) for more in ("input", "context") if more != asked
+        ]
+        turns.append(turn("user", "\n\n".join(text_of(part) for part in parts if part)))
     else:
         return None
 
-    # the reply, if it is not one of a preference
-    for key in ("output", "response", "completion"):
-        reply = record.get(key)
-        if reply is not None:
-            return turns + (reply if isinstance(reply, list) else [turn("assistant", reply)])
+    system = record.get("system") or record.get("system_prompt")
+    if system:
+        system = turn("system", text_of(system))
+        if turns and isinstance(turns[0], dict) and role_of(turns[0]) == "system":
+            if text_of(content_of(turns[0])) != system["content"]:
+                raise LeftOut("two system messages")
+        else:
+            turns = [system, *turns]
     return turns
 
 
-def is_whole_chat(x: object) -> bool:
-    """Whether this is a list of turns that begins with a question, or with a system message."""
-    if not isinstance(x, list) or not x or not isinstance(x[0], dict):
-        return False
-    return role_of(x[0]) != "assistant"
+def reply_of(record: dict, turns: list) -> list:
+    """The reply that a record has in a field of its own, as turns; none where the turns end with a
+    reply already.
+    """
+    if turns and isinstance(turns[-1], dict) and role_of(turns[-1]) == "assistant":
+        return []
+    for key in ("output", "response", "completion", "answer"):
+        if key in record:
+            return turns_of(record[key])
+    return []
 
 
-def replies_of(prompt: list[dict], chosen: object, rejected: object) -> tuple[list[dict], str]:
-    """A preference as (the prompt's messages and the better reply, the worse reply)."""
-    whole = []
-    for side in (chosen, rejected):
-        if isinstance(side, str):
-            side = [turn("assistant", side)]
-        said, _ = messages_of([side] if isinstance(side, dict) else side)
-        # a side may tell the prompt again
-        whole.append(said if said[: len(prompt)] == prompt else prompt + said)
-    better, worse = whole
-    if not better or not worse or better[:-1] != worse[:-1]:
+def preference_of(record: dict) -> Chat:
+    """A record with a chosen and a rejected reply. Raises LeftOut and Unknown."""
+    if "chosen" not in record or "rejected" not in record:
+        raise Unknown("one of 'chosen' and 'rejected' is missing")
+    prompt, _ = messages_of(prompt_of(record) or [])
+    while prompt and prompt[-1]["role"] == "assistant":
+        prompt.pop()  # the chosen reply, once more
+    better, worse = (continued(prompt, record[side]) for side in ("chosen", "rejected"))
+    if better[:-1] != worse[:-1]:
         raise LeftOut("chosen and rejected differ before their last reply")
-    if better[-1]["role"] != "assistant" or worse[-1]["role"] != "assistant":
+    if better[-1]["content"] == worse[-1]["content"]:
+        raise LeftOut("chosen and rejected are the same")
+    if not any(message["role"] == "user" for message in better):
+        raise Unknown("chosen and rejected have no question beside them")
+
+    # only the last reply is what was preferred
+    earlier = [i for i, message in enumerate(better[:-1]) if message["role"] == "assistant"]
+    unlearnt = dict.fromkeys(earlier, "earlier than what was preferred")
+    return Chat(better, unlearnt=unlearnt, rejected=worse[-1]["content"])
+
+
+def continued(prompt: list[dict], side: object) -> list[dict]:
+    """A prompt's messages and what follows, which may tell the end of the prompt again.
+
+    Example: after a prompt of two turns, the second is told again
+    >>> be, who, i = turn("system", "Be."), turn("user", "Who?"), turn("assistant", "I.")
+    >>> continued([be, who], [who, i]) == [be, who, i]
+    True
+    """
+    said, _ = messages_of(turns_of(side))
+    again = [
+        n for n in range(len(said)) if prompt[len(prompt) - n :] == said[:n] and n <= len(prompt)
+    ]
+    if not said or said[-1]["role"] != "assistant":
         raise LeftOut("chosen or rejected does not end with a reply")
-    return better, worse[-1]["content"]
+    if prompt and max(again) == 0 and said[0]["role"] != "assistant":
+        raise LeftOut("chosen or rejected does not go on from its prompt")
+    return prompt + said[max(again) :]
 
 
 # ---------------------------------------------------------------- turns
 
 
-def messages_of(turns: object) -> tuple[list[dict], set[int]]:
-    """Turns in whatever words as messages, and the places of replies that are not to be learnt."""
-    if not isinstance(turns, list):
+def turns_of(x: object) -> list:
+    """Turns, from a list of them, a single one, or the text of a reply."""
+    if isinstance(x, str):
+        return [turn("assistant", x)]
+    if isinstance(x, dict):
+        return [x]
+    if not isinstance(x, list):
         raise Unknown("its turns are no list")
-    messages, context = [], set()
+    return x
+
+
+def messages_of(turns: list) -> tuple[list[dict], dict[int, str]]:
+    """Turns in whatever words as messages, and the places of replies that are not to be learnt."""
+    messages, unlearnt = [], {}
     for i, said in enumerate(turns):
         if not isinstance(said, dict):
             raise Unknown(f"turn {i} is no object {{...}}")
+        said = without_null(said)
         role = role_of(said)
-        content = said.get("value", said.get("content"))
-        if said.get("tool_calls") or said.get("function_call"):
+        if said.get("tool_calls") or said.get("function_call") or said.get("function_calls"):
             raise LeftOut("a turn that calls a tool")
-        messages.append({"role": role, "content": text_of(content)})
+        if said.get("reasoning_content") or said.get("thinking"):
+            raise LeftOut("a reply with its reasoning in a field of its own")
+        content = text_of(content_of(said))
+        messages.append(turn(role, content))
         if role == "assistant" and not is_learnt(said):
-            context.add(i)
-    return messages, context
+            unlearnt[i] = "said not to be learnt"
+        elif role == "assistant" and not content.strip():
+            unlearnt[i] = "empty"
+    return messages, unlearnt
+
+
+def without_null(fields: dict) -> dict:
+    """Files that were merged have columns that are null."""
+    return {name: x for name, x in fields.items() if x is not None}
+
+
+def content_of(said: dict) -> object:
+    return said.get("value", said.get("content"))
 
 
 def role_of(said: dict) -> str:
@@ -334,6 +400,8 @@ def text_of(content: object) -> str:
     'Who are you?'
     """
     if isinstance(content, str):
+        if content.lstrip().startswith(("Human: ", "\n\nHuman:")) and "Assistant:" in content:
+            raise Unknown("a whole chat in one text; give it as turns")
         return content
     if not isinstance(content, list):
         raise Unknown(f"{type(content).__name__} where a text belongs")

@@ -6,21 +6,25 @@ reply's first stop token. So every user turn is masked, whatever the template lo
 reply, the chat is rendered up to it and then with it; a template that marks its replies itself,
 with {% generation %}, is believed.
 
-The ids are those of transformers' `apply_chat_template`, but for one thing: a text in a message
-that looks like a special token (`</s>`, `<|eot_id|>`) stays a text. With transformers it becomes
-the token, and so whoever writes a message, or a file of them, can end a turn or begin another.
+The ids are those of `apply_chat_template` in transformers, from the directory that `save` writes,
+but for one thing: a text in a message that looks like a special token (`</s>`, `<|eot_id|>`) stays
+a text. With transformers it becomes the token, and so whoever writes a message, or a file of them,
+can end a turn or begin another.
 """
 
 import hashlib
 import json
 import re
 import reprlib
+from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from os.path import commonprefix
 from pathlib import Path
+from typing import NamedTuple
 
 import jinja2
 import jinja2.ext
@@ -50,7 +54,7 @@ from files import (
 )
 
 CACHE = Path(__file__).parent / "out" / "cache"
-FORMAT = "4"  # of the cached files: raise it when tokenization changes
+FORMAT = "5"  # of the cached files: raise it when tokenization changes
 
 # what is read of the files beside a tokenizer
 TOKEN = whole(0, 2**24)
@@ -74,12 +78,11 @@ KEPT = (
     "padding_side",
     "truncation_side",
 )
-# a template comes from a stranger: so long may it take for a chat, so much memory and text may it
-# make
+# what a template, which comes from a stranger, may take for a chat: time, memory, text
 SECONDS, BYTES, CHARACTERS = 5, 2**29, 2**24
-# characters that Unicode keeps free for programs: inside what only looks like a special token, and
-# around the replies that a template marks
-GUARD, BEGIN, END = "\ufdd0", "\ufdd1", "\ufdd2"
+# characters that Unicode keeps free for programs
+GUARD = "\ufdd0"  # inside what only looks like a special token
+BEGIN, END = "\ufdd1", "\ufdd2"  # around the replies that a template marks
 MARKS = str.maketrans("", "", GUARD + BEGIN + END)
 
 TEMPLATES = {
@@ -94,21 +97,24 @@ TEMPLATES = {
     {%- if message.role == 'user' -%}
         {{- bos_token + '[INST] ' + (system if loop.first else '')
             + message.content.strip() + ' [/INST]' -}}
-    {%- else -%}
+    {%- elif message.role == 'assistant' and not loop.first -%}
         {{- ' ' + message.content.strip() + ' ' + eos_token -}}
+    {%- else -%}
+        {{- raise_exception('a chat begins with a question, or one system message') -}}
     {%- endif -%}
 {%- endfor -%}""",
     "plain": """
 {{- bos_token -}}
 {%- for message in messages -%}
-    {%- if message.role == 'assistant' -%}
-        {{- 'Assistant: ' + message.content.strip() + eos_token -}}
-        {%- if not loop.last -%}{{- '\\n' -}}{%- endif -%}
-    {%- else -%}
-        {{- message.role.capitalize() + ': ' + message.content.strip() + '\\n' -}}
-    {%- endif -%}
+    {%- if not loop.first -%}{{- '\\n' -}}{%- endif -%}
+    {{- message.role.capitalize() + ': ' + message.content.strip() -}}
+    {%- if message.role == 'assistant' -%}{{- eos_token -}}{%- endif -%}
+    {%- if loop.last and message.role != 'assistant' -%}{{- '\\n' -}}{%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}""",
+{%- if add_generation_prompt -%}
+    {%- if messages and messages[-1].role == 'assistant' -%}{{- '\\n' -}}{%- endif -%}
+    {{- 'Assistant:' -}}
+{%- endif -%}""",
 }
 
 
@@ -129,21 +135,32 @@ class Tokenizer:
         self.backend = self._backend()
         self.tokens = self._tokens()  # the content of each id, None for one that is not used
 
-        settings, self.kept = self._settings("tokenizer_config.json", SETTINGS)
-        config, _ = self._settings("config.json", NUMBERS)
-        generation, _ = self._settings("generation_config.json", NUMBERS)
-        self.bos = self._special("bos", settings, config)
-        self.eos = self._special("eos", settings, config)
+        raw = self._beside("tokenizer_config.json")
+        self.kept = {key: raw[key] for key in KEPT if key in raw}
+        settings = fields_of(raw, SETTINGS, self.directory / "tokenizer_config.json")
+        config, generation = (
+            fields_of(self._beside(name), NUMBERS, self.directory / name)
+            for name in ("config.json", "generation_config.json")
+        )
+        self.bos = self._id_of("bos", settings, config)
+        self.eos = self._id_of("eos", settings, config)
         self.adds_bos = settings["add_bos_token"]
         # what templates may ask for: bos_token, eos_token, pad_token, ...
         self.names = {name: content_of(settings[name]) for name in SPECIAL}
         for name, i in (("bos_token", self.bos), ("eos_token", self.eos)):
             self.names[name] = "" if i is None else self.tokens[i]
-        added = self.backend.get_added_tokens_decoder()
-        self.special = {i for i, token in added.items() if token.special}
         self.template = TEMPLATES[template] if template else self._own_template(settings)
         self._compiled = self._compile()
-        self.stop = self._stop(config, generation)
+
+        # the tokens that control a chat: those that are called special, and what the template uses
+        self.added = self.backend.get_added_tokens_decoder()
+        self.control = {i for i, token in self.added.items() if token.special}
+        self.stop = {
+            i for numbers in (config, generation) for i in _as_list(numbers["eos_token_id"])
+        }
+        if self.eos is not None:
+            self.stop.add(self.eos)
+        self._learn_from_example()
 
     def _backend(self) -> tokenizers.Tokenizer:
         try:
@@ -169,15 +186,12 @@ class Tokenizer:
             f"{self.path}: not a tokenizer ({reason}); the file is damaged, download it again"
         )
 
-    def _settings(self, name: str, table: dict[str, Field]) -> tuple[dict, dict]:
-        """What a JSON file beside the tokenizer says of these fields, and which of the others are
-        kept; it need not be there.
-        """
+    def _beside(self, name: str) -> dict:
+        """A JSON file beside the tokenizer, which need not be there."""
         path = self.directory / name
-        raw = read_json(path, TABLE) if path.exists() else {}
-        return fields_of(raw, table, path), {key: raw[key] for key in KEPT if key in raw}
+        return read_json(path, TABLE) if path.exists() else {}
 
-    def _special(self, name: str, settings: dict, config: dict) -> int | None:
+    def _id_of(self, name: str, settings: dict, config: dict) -> int | None:
         """The id of "bos" or "eos": by its content, else by the number in config.json."""
         token = content_of(settings[f"{name}_token"])
         if token is not None and token in self.tokens:  # `tokens` has None for unused ids
@@ -221,24 +235,23 @@ class Tokenizer:
         except Exception as error:  # Python's own among them: a RecursionError, an OverflowError
             raise self._no_template(error) from None
 
-    def _stop(self, config: dict, generation: dict) -> set[int]:
-        """The tokens that end a reply: the end of the text, and what the template puts there."""
-        stop = {i for settings in (config, generation) for i in _as_list(settings["eos_token_id"])}
-        if self.eos is not None:
-            stop.add(self.eos)
-
-        # the special token that ends the first reply of a chat, or else its last one
-        example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    def _learn_from_example(self) -> None:
+        """Adds what an example shows: the tokens by which the template controls a chat, and the
+        special one, if any, that it puts after a reply.
+        """
+        asked = {"role": "user", "content": "Why so?"}
+        answered = {"role": "assistant", "content": "So it is."}
         try:
-            text, replies, _ = self.replies(example * 2)
-            ids, places = self.spell(text)
-        except Refused as error:
-            raise self._no_template(error) from None
-        for begin, end in replies:
+            text, replies, _ = self.replies([asked, answered] * 2)
+        except Refused:
+            return  # such a template can still write prompts
+        ids, places = self.spell(text)
+        self.control |= {i for i in ids if i in self.added}
+        for reply in replies:
             for i, (start, _) in zip(ids, places):
-                if begin <= start < end and i in self.special and i != self.bos:
-                    return stop | {i}
-        return stop
+                if reply.said <= start < reply.end and i in self.control and i != self.bos:
+                    self.stop.add(i)
+                    return
 
     def _no_template(self, error: object) -> InputError:
         if isinstance(error, Exception):
@@ -285,66 +298,82 @@ class Tokenizer:
         """The chat as one text, up to a reply if `reply_next`, with GUARD, BEGIN and END in it.
         Raises Refused if the template does not want such a chat, InputError if it does not work.
         """
-        guarded = [{**message, "content": self.guarded(message["content"])} for message in messages]
+        with self.template_at_work():
+            return self._render(self.guarded(messages), reply_next)
+
+    @contextmanager
+    def template_at_work(self) -> Iterator[None]:
+        """A template can do wrong whatever Python can: all of it becomes an InputError."""
         try:
             with limited(SECONDS, BYTES):
-                text = self._compiled.render(
-                    messages=guarded,
-                    add_generation_prompt=reply_next,
-                    tools=None,
-                    documents=None,
-                    **{name: token for name, token in self.names.items() if token is not None},
-                )
-        except Refused:
+                yield
+        except (Refused, InputError):
             raise
-        except Exception as error:  # a template can do wrong whatever Python can
+        except Exception as error:
             raise self._no_template(error) from None
+
+    def _render(self, guarded: list[dict], reply_next: bool = False) -> str:
+        text = self._compiled.render(
+            messages=guarded,
+            add_generation_prompt=reply_next,
+            tools=None,
+            documents=None,
+            **{name: token for name, token in self.names.items() if token is not None},
+        )
         if len(text) > CHARACTERS:
             raise self._no_template(f"it makes {len(text)} characters of a chat")
         return text
 
-    def guarded(self, content: str) -> str:
-        """A message in which what looks like a special token is none: a GUARD is put into it.
+    def guarded(self, messages: list[dict]) -> list[dict]:
+        """Messages in which what looks like a control token is none: a GUARD is put into it.
 
         Example: `the end</s>` → `the end<GUARD/s>`
         """
-        content = content.translate(MARKS)
-        for i in self.special:
-            token = self.tokens[i]
-            if token in content:
-                content = content.replace(token, token[0] + GUARD + token[1:])
-        return content
+        guarded = []
+        for message in messages:
+            content = message["content"].translate(MARKS)
+            for token in (self.tokens[i] for i in self.control):
+                if token in content:
+                    if len(token) == 1:  # nowhere to put a GUARD
+                        raise Refused(f"a message has {token!r}, which is a special token")
+                    content = content.replace(token, token[0] + GUARD + token[1:])
+            guarded.append({**message, "content": content})
+        return guarded
 
-    def replies(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]], bool]:
-        """The chat as one text with GUARDs, where in it replies begin and end, and whether the
-        template has marked them. Raises Refused, and InputError for a template that renders a
-        chat's beginning differently once the chat goes on.
+    def replies(self, messages: list[dict]) -> tuple[str, list["Reply"], bool]:
+        """The chat as one text with GUARDs, the replies in it, and whether the template has marked
+        them itself. Raises Refused, also where the replies cannot be told from the rest.
         """
-        text, marked = unmarked(self.render(messages))
-        if marked:
-            return text, marked, True
+        with self.template_at_work():
+            guarded = self.guarded(messages)
+            text, marked = unmarked(self._render(guarded))
+            if marked:
+                return text, [Reply(begin, begin, end) for begin, end in marked], True
+            places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+            return text, [self._reply(text, guarded, i) for i in places], False
 
-        # each reply's characters: the chat is rendered up to the reply, and with it
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, _ = unmarked(self.render(messages[:i], reply_next=True))
-            after, _ = unmarked(self.render(messages[: i + 1]))
-            end = len(after)
-            if not text.startswith(after):
-                # some templates put EOS only where no more is to come: what both have counts
-                end = len(commonprefix([after, text]))
-            said = self.guarded(message["content"]).strip()
-            kept = text.startswith(after) or said in text[len(before) : end]
-            if not text.startswith(before) or not kept:
-                raise InputError(
-                    f"{self.directory}: the chat template rewrites earlier turns as a "
-                    "chat goes on, so the replies cannot be told from the rest; choose "
-                    "another with --template"
-                )
-            spans.append((len(before), end))
-        return text, spans, False
+    def _reply(self, text: str, guarded: list[dict], i: int) -> "Reply":
+        """Where the reply i stands in a chat's text: the chat is rendered up to it, and with it."""
+        before, _ = unmarked(self._render(guarded[:i], reply_next=True))
+        after, _ = unmarked(self._render(guarded[: i + 1]))
+        if not text.startswith(before):
+            raise Refused("the template's prompt is not how its replies begin")
+        content = guarded[i]["content"].strip()
+        said = text.find(content, len(before)) + len(content)
+        if text.startswith(after):
+            return Reply(len(before), max(len(before), min(said, len(after))), len(after))
+
+        # some templates put EOS only where no more is to come: what the two texts share counts, but
+        # for the first characters of a next turn that happen to be the same
+        shared = commonprefix([after, text])
+        if said < len(before) + len(content) or said > len(shared):
+            raise Refused("the template rewrites earlier turns as a chat goes on")
+        ends = [said]
+        for token in (self.tokens[i] for i in self.control):
+            found = shared.rfind(token, said)
+            if found >= 0:
+                ends.append(found + len(token))
+        return Reply(len(before), said, max(ends))
 
     def spell(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a rendered chat, and of each where its characters begin and end. GUARDs have
@@ -373,7 +402,7 @@ class Tokenizer:
             text, _ = unmarked(self.render(messages, reply_next=True))
         except Refused as error:
             raise InputError(
-                f"{self.directory}: the chat template refuses this chat ({error})"
+                f"{self.directory}: the chat template refuses this chat: {error}"
             ) from None
         return self.spell(text)[0]
 
@@ -429,11 +458,21 @@ class TextStream:
 
 
 class Refused(Exception):
-    """A template has no form for this chat, and says so."""
+    """A template has no form for this chat; the message says why."""
+
+
+class Reply(NamedTuple):
+    """Where a reply stands in a chat's text: its first character, the end of what is said, and the
+    end of what the template puts after it.
+    """
+
+    begin: int
+    said: int
+    end: int
 
 
 def _refuse(message: str):
-    raise Refused(message)
+    raise Refused(f"the template refuses them ({str(message)[:80]})")
 
 
 def _as_list(x: int | list[int]) -> list[int]:
@@ -584,46 +623,35 @@ class Chats:
         return inputs.to(device), targets.to(device), counted.to(device)
 
 
-def tokenize_chat(
-    tokenizer: Tokenizer, chat: Chat
-) -> tuple[list[int], list[bool], list[int]] | None:
-    """(ids, is it a target, where replies end) of a chat; None if the template refuses it.
+def tokenize_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], list[bool], list[int]]:
+    """(ids, is it a target, where replies end) of a chat. Raises Refused and InputError.
 
-    A reply's tokens reach up to its first stop token: what a template writes after it is no target.
-    Where the template marks the replies itself, all that it marks is. Raises InputError.
+    A reply's tokens reach up to the stop token that follows what is said: what a template writes
+    after it is no target. Where the template marks the replies itself, all that it marks is.
     """
-    try:
-        text, spans, marked = tokenizer.replies(chat.messages)
-    except Refused:
-        return None
+    text, replies, marked = tokenizer.replies(chat.messages)
     places = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-    if len(spans) != len(places):
-        raise InputError(
-            f"{tokenizer.directory}: the chat template marks {len(spans)} replies in a chat of "
-            f"{len(places)}; choose another with --template"
-        )
+    if len(replies) != len(places):
+        if chat.unlearnt:
+            raise Refused("the template marks parts of replies, of which some are not to be learnt")
+        places = range(len(replies))
 
-    # the tokens that begin in a reply, up to its stop token; or those of a marked one
     ids, characters = tokenizer.spell(text)
     target = [False] * len(ids)
     ends = []  # of each reply, one past its last token
     i = 0
-    for place, (reply_start, reply_end) in zip(places, spans):
-        while i < len(ids) and before_reply(characters[i], reply_start, marked):
+    for place, reply in zip(places, replies):
+        # a marked reply has all tokens that it has a part of, others those that begin in it
+        while i < len(ids) and characters[i][1 if marked else 0] < reply.begin + marked:
             i += 1
-        while i < len(ids) and characters[i][0] < reply_end:
-            target[i] = place not in chat.context
+        while i < len(ids) and characters[i][0] < reply.end:
+            target[i] = place not in chat.unlearnt
             i += 1
-            if not marked and ids[i - 1] in tokenizer.stop:  # it is itself the last target
+            is_stop = ids[i - 1] in tokenizer.stop and characters[i - 1][0] >= reply.said
+            if is_stop and not marked:  # it is itself the last target
                 break
         ends.append(i)
     return ids, target, ends
-
-
-def before_reply(characters: tuple[int, int], reply_start: int, marked: bool) -> bool:
-    """Whether a token comes before a reply; a marked one has all tokens that it has a part of."""
-    start, end = characters
-    return end <= reply_start if marked else start < reply_start
 
 
 def tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
@@ -631,19 +659,21 @@ def tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
     after the last reply that fits. Raises InputError if no chat with a reply to learn is left.
     """
     # the cached file's name is a hash of all that the result depends on; a template may look at the
-    # date
-    example = Chat([{"role": "user", "content": "a"}])
+    # date, so what it makes of an example does too
+    example = [{"role": "user", "content": "a"}]
     parts = [
         FORMAT,
-        json.dumps([asdict(chat) | {"context": sorted(chat.context)} for chat in reading.chats]),
         str((reading.read, sorted(reading.left_out.items()))),
         tokenizer.source,
         tokenizer.template,
-        str(tokenizer.prompt(example.messages)),
-        str((sorted(tokenizer.stop), sorted(tokenizer.special), tokenizer.names)),
+        str(tokenizer.prompt(example)),
+        str((sorted(tokenizer.stop), sorted(tokenizer.control), tokenizer.names)),
         str(max_length),
     ]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+    hashed = hashlib.sha256("\0".join(parts).encode())
+    for chat in reading.chats:
+        hashed.update(json.dumps([chat.entry, chat.messages, [*chat.unlearnt.items()]]).encode())
+    key = hashed.hexdigest()[:24]
     cached = CACHE / f"{key}.safetensors"
     chats = _read_cache(cached)
     if chats is None:
@@ -661,83 +691,97 @@ def _read_cache(cached: Path) -> Chats | None:
         file = open_tensors(cached, verify=True)
     except InputError:  # a damaged one is made again
         return None
-    tensors = {name: file.get_tensor(name) for name in ("ids", "target", "offsets", "entry")}
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
     return Chats(**tensors, report=file.metadata()["report"])
 
 
 def _tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
-    """Chats, tokenized, and a report of what became of them."""
-    ids, target, offsets, entry = [], [], [0], []
-    left_out = Counter(reading.left_out)
-    skipped: Counter = Counter()  # replies that are not learnt, by reason
+    """Chats, tokenized, and a report of what became of them. Raises InputError."""
+    # packed: a list of Python's numbers would take ten times the room
+    ids, target, offsets, entry = array("i"), bytearray(), [0], []
+    left_out = Counter(reading.left_out)  # chats, by reason
+    unlearnt: Counter = Counter()  # replies of chats that are used, by reason
     replies = cut = 0
-    no_fit = f"no reply fits into {max_length} tokens"
     for chat in tqdm(reading.chats, "tokenizing", unit=" chats", leave=False, disable=None):
-        # ShareGPT's pages often begin in the middle
-        speakers = [message["role"] for message in chat.messages]
-        first = next((i for i, role in enumerate(speakers) if role != "assistant"), len(speakers))
-        context = {i - first for i in chat.context}
-        begun = Chat(chat.messages[first:], context=context)
-        tokens = ([], [], [])
-        if "assistant" in speakers[first:]:
-            tokens = tokenize_chat(tokenizer, begun)
-        if tokens is None:
-            left_out["the template refuses them"] += 1
+        begun, before = from_first_question(chat)
+        if not any(message["role"] == "assistant" for message in begun.messages):
+            left_out["no reply in them"] += 1
+            continue
+        try:
+            chat_ids, chat_target, ends = tokenize_chat(tokenizer, begun)
+        except Refused as reason:
+            left_out[str(reason)] += 1
+            continue
+        if not any(chat_target):
+            left_out["no reply in them that is to be learnt"] += 1
             continue
 
         # as many replies as fit
-        chat_ids, chat_target, ends = tokens
-        end = max((end for end in ends if end <= max_length), default=0)
-        if not any(chat_target):
-            left_out["no reply to learn"] += 1
-            continue
+        fitting = [end for end in ends if end <= max_length]
+        end = max(fitting, default=0)
         if not any(chat_target[:end]):
-            left_out[no_fit] += 1
+            left_out[no_fit(max_length)] += 1
             continue
-        cut += end < max(ends)
-        ids += chat_ids[:end]
-        target += chat_target[:end]
+        ids.extend(chat_ids[:end])
+        target.extend(chat_target[:end])
         offsets.append(len(ids))
         entry.append(chat.entry)
 
         # what became of its replies
-        within = [i for i, reply_end in enumerate(ends) if reply_end <= end]
-        places = [i for i, role in enumerate(speakers[first:]) if role == "assistant"]
-        replies += len(ends) + first
-        skipped["before the first question"] += first
-        skipped["past the cut"] += len(ends) - len(within)
-        skipped["said to be context"] += sum(places[i] in context for i in within)
+        replies += before + len(ends)
+        cut += len(fitting) < len(ends)
+        unlearnt["before the first question"] += before
+        unlearnt["past the cut"] += len(ends) - len(fitting)
+        places = [i for i, m in enumerate(begun.messages) if m["role"] == "assistant"]
+        unlearnt.update(begun.unlearnt[i] for i in places[: len(fitting)] if i in begun.unlearnt)
 
+    if not entry:
+        why = ", ".join(f"{reason}: {n}" for reason, n in left_out.most_common())
+        raise InputError(f"no chat has a reply to learn ({why})")
     rows = [("chats read", reading.read, "")]
     rows += [("  left out", n, reason) for reason, n in left_out.most_common()]
     rows.append(("chats used", len(entry), ""))
-    if cut:
-        rows.append(("  cut", cut, f"to {max_length} tokens"))
+    rows += [("  cut", cut, f"to {max_length} tokens")] * (cut > 0)
     rows.append(("replies in them", replies, ""))
-    rows += [("  not learnt", n, reason) for reason, n in skipped.most_common() if n]
+    rows += [("  not learnt", n, reason) for reason, n in unlearnt.most_common() if n]
     rows.append(("tokens", len(ids), ""))
-    rows.append(("  targets", sum(target), f"{sum(target) / max(1, len(ids)):.1%}"))
+    rows.append(("  targets", sum(target), f"{sum(target) / len(ids):.1%}"))
     report = "\n".join(f"  {name:<18}{n:>12,}  {note}".rstrip() for name, n, note in rows)
-    if not entry:
-        why = ", ".join(f"{reason}: {n}" for reason, n in left_out.most_common())
-        raise InputError(
-            f"no chat has a reply to learn from within --max_length {max_length} ({why})"
-        )
-    if len(entry) < 0.9 * reading.read:
-        remedy = {no_fit: "; a larger --max_length keeps more"}
-        remedy["the template refuses them"] = "; another --template may take them"
-        reason = left_out.most_common(1)[0][0]
-        report += (
-            f"\n  warning: {1 - len(entry) / reading.read:.0%} of the chats are left out"
-            f"{remedy.get(reason, '')}"
-        )
     return Chats(
-        ids=torch.tensor(ids, dtype=torch.int32),
-        target=torch.tensor(target),
+        ids=torch.frombuffer(ids, dtype=torch.int32),
+        target=torch.frombuffer(target, dtype=torch.bool),
         offsets=torch.tensor(offsets),
         entry=torch.tensor(entry),
-        report=report,
+        report=report + warning(reading.read - len(entry), reading.read, left_out, max_length),
     )
+
+
+def from_first_question(chat: Chat) -> tuple[Chat, int]:
+    """A chat without the replies before its first question, and how many those are: ShareGPT's
+    pages often begin in the middle.
+    """
+    speakers = [message["role"] for message in chat.messages]
+    question = speakers.index("user") if "user" in speakers else len(speakers)
+    kept = [i for i, role in enumerate(speakers) if i > question or role != "assistant"]
+    unlearnt = {kept.index(i): reason for i, reason in chat.unlearnt.items() if i in kept}
+    return Chat([chat.messages[i] for i in kept], chat.entry, unlearnt), len(speakers) - len(kept)
+
+
+def no_fit(max_length: int) -> str:
+    return f"no reply fits into --max_length {max_length}"
+
+
+def warning(lost: int, read: int, left_out: Counter, max_length: int) -> str:
+    """A line for the report where more than a tenth of the chats is left out, and what helps."""
+    if lost <= 0.1 * read:
+        return ""
+    reason = left_out.most_common(1)[0][0]
+    remedy = ""
+    if reason == no_fit(max_length):
+        remedy = "; a larger --max_length keeps more"
+    elif "template" in reason:
+        remedy = "; another --template may take them"
+    return f"\n  warning: {lost / read:.0%} of the chats are left out{remedy}"
 
 
 def epoch_batches(lengths: Tensor, batch_size: int, seed: int) -> list[list[int]]:

@@ -91,7 +91,7 @@ class Speaker:
         self.differing: set[int] = set()  # of these ids, those that do not mean the same
         others = [] if self.mapping else [base_tokenizer]
         if args.antiexpert:
-            others.append(Tokenizer(args.antiexpert))
+            others.append(Tokenizer(args.antiexpert, args.template))
         for other in others:
             shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
             self.vocabulary = min(self.vocabulary, shared)

@@ -818,7 +818,7 @@ class Run:
         self.differing: set[int] = set()  # of which these do not mean the same
         self.configs = []
         for directory in args.base + ([args.teacher] if args.teacher else []):
-            other = Tokenizer(directory)
+            other = Tokenizer(directory, args.template)
             shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
             self.shared = min(self.shared, shared)
             self.differing |= set(differing)
@@ -1011,17 +1011,23 @@ def rejected_replies(args: argparse.Namespace, reading: Reading) -> Reading | No
     """The worse replies to the same questions, of a file of their own or of --data itself, if
     preferences are to be learnt. Raises InputError.
     """
+    preferences = reading.preferences()
     if args.rejected:
         rivals = read_chats(*args.rejected)
+        if preferences or rivals.preferences():
+            raise InputError(
+                "--rejected is for two files of plain chats; here one has rejected replies itself"
+            )
         if rivals.read != reading.read:
             raise InputError(
                 f"--rejected must hold the chats of --data, one for one, but has {rivals.read} in "
                 f"the place of {reading.read}"
             )
         return rivals
-    preferences = reading.preferences()
     if args.chosen and not preferences:
         raise InputError("--chosen has no effect: no chat of --data has a rejected reply")
+    if args.evaluate and preferences:
+        print(f"{preferences} chats are preferences; their chosen replies are measured")
     if args.chosen or args.evaluate or not preferences:
         return None
     if preferences < len(reading.chats):

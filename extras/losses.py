@@ -119,17 +119,18 @@ def paired(better: Chats, worse: Chats) -> Pairs:
     """
     # the chats that both have, by their numbers in the files
     both = set(better.entry.tolist()) & set(worse.entry.tolist())
-    lost = max(len(better), len(worse)) - len(both)
-    better, worse = (
-        subset(chats, [i for i, entry in enumerate(chats.entry.tolist()) if entry in both])
-        for chats in (better, worse)
-    )
+    lost = len(better) - len(both)
+    rejected = "\n".join(f"  rejected: {line.strip()}" for line in worse.report.splitlines())
+    better = subset(better, both)
+    worse = subset(worse, both)
     if not both or questions(better) != questions(worse):
         raise InputError("the rejected replies do not answer the questions of --data, one for one")
 
     report = f"{better.report}\n  {'pairs':<18}{len(both):>12,}"
     if lost:
-        report += f"\n  {'  left out':<18}{lost:>12,}  only one of two replies is usable"
+        report += (
+            f"\n  {'  left out':<18}{lost:>12,}  the rejected reply cannot be used\n{rejected}"
+        )
     return Pairs(
         ids=torch.cat((better.ids, worse.ids)),
         target=torch.cat((better.target, worse.target)),
@@ -139,8 +140,9 @@ def paired(better: Chats, worse: Chats) -> Pairs:
     )
 
 
-def subset(chats: Chats, rows: list[int]) -> Chats:
-    """Some of the chats, by their places."""
+def subset(chats: Chats, entries: set[int]) -> Chats:
+    """Some of the chats, by their numbers in the files."""
+    rows = [i for i, entry in enumerate(chats.entry.tolist()) if entry in entries]
     pieces = [slice(int(chats.offsets[i]), int(chats.offsets[i + 1])) for i in rows]
     lengths = [0] + [piece.stop - piece.start for piece in pieces]
     return Chats(

@@ -22,7 +22,8 @@ def show(chats: Chats, tokenizer: Tokenizer, count: int) -> None:
             chat = slice(int(chats.offsets[i]), int(chats.offsets[i + 1]))
             ids, target = chats.ids[chat].tolist(), chats.target[chat].tolist()
             entry = int(chats.entry[i]) + 1
-            print(f"\n--- chat {entry}: {len(ids)} tokens, {sum(target)} targets")
+            kind = "rejected reply of chat" if i >= len(chats) else "chat"
+            print(f"\n--- {kind} {entry}: {len(ids)} tokens, {sum(target)} targets")
             print(spelt(ids, target, tokenizer, coloured))
 
 
@@ -71,7 +72,7 @@ def split_special(ids: list[int], tokenizer: Tokenizer) -> list[tuple[list[int],
     """Special tokens one by one, and what is between them."""
     found = []
     for i in ids:
-        special = i in tokenizer.special
+        special = i in tokenizer.control
         if special or not found or found[-1][1]:
             found.append(([], special))
         found[-1][0].append(i)

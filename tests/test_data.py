@@ -107,7 +107,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     (directory / "chat_template.jinja").write_text(
         "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(InputError, match="rewrites earlier turns"):
+    with pytest.raises(data.Refused, match="not how its replies begin"):
         data.tokenize_chat(data.Tokenizer(directory), Chat(CHAT))
 
 
@@ -169,9 +169,9 @@ GOOD = json.dumps({"instruction": "a", "output": "b"})
             f'[{GOOD}, {{"conversations": [{{"from": "martian", "value": "a"}}]}}]',
             "entry 1: not a chat",
         ),
-        ('{"messages": [{"role": "user", "content": 3}]}', "line 1: not a chat"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "entry 0: not a chat"),
         ("[3]", "entry 0: not a chat"),
-        ('{"messages": null}', "line 1: not a chat"),
+        ('{"messages": null}', "entry 0: not a chat"),
     ],
 )
 def test_malformed_chats_are_named(tmp_path, text, message):
@@ -209,7 +209,7 @@ def test_long_chats_are_cut_at_a_turn_and_empty_ones_counted(tmp_path, cache, pl
     )  # the second is cut after its first turn
     assert rows_of(tokenized) == {
         "chats read": "6",
-        "left out": "2 no reply to learn; 1 no reply fits into 60 tokens",
+        "left out": "2 no reply in them; 1 no reply fits into --max_length 60",
         "chats used": "3",
         "cut": "1 to 60 tokens",
         "replies in them": "5",
@@ -218,7 +218,7 @@ def test_long_chats_are_cut_at_a_turn_and_empty_ones_counted(tmp_path, cache, pl
         "targets": f"{sum(tokenized.target)} {tokenized.target.float().mean():.1%}",
     }
     assert "warning: 50% of the chats are left out" in tokenized.report
-    with pytest.raises(InputError, match="no chat has a reply to learn from within --max_length 5"):
+    with pytest.raises(InputError, match="no chat has a reply to learn .*fits into --max_length 5: 4"):
         data.tokenize(read_chats(path), plain, 5)
 
 

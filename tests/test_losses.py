@@ -154,4 +154,4 @@ def test_a_pair_of_which_one_is_left_out_is_no_pair():
     worse.entry += 1  # its first chat did not fit
     both = losses.paired(better, worse)
     assert both.batch([0])[0].tolist() == [[1, 3, 0], [1, 3, 71]] and len(both) == 1
-    assert "left out                   1  only one of two" in both.report
+    assert "left out                   1  the rejected reply" in both.report
