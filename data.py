@@ -49,6 +49,7 @@ from files import (
     read_json,
     read_text,
     save_tensors,
+    verify,
     whole,
     write_text,
 )
@@ -688,7 +689,8 @@ def _read_cache(cached: Path) -> Chats | None:
     if not cached.exists():
         return None
     try:
-        file = open_tensors(cached, verify=True)
+        file = open_tensors(cached)
+        verify(file, cached)
     except InputError:  # a damaged one is made again
         return None
     tensors = {name: file.get_tensor(name) for name in file.keys()}

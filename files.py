@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import platform
 import re
 import reprlib
 import shutil
@@ -252,26 +253,25 @@ def read_texts(path: str | Path) -> list[str]:
     return [text[i : i + 2000] for text in texts for i in range(0, len(text), 2000)]
 
 
-def open_tensors(path: str | Path, verify: bool = False) -> safe_open:
-    """A safetensors file, opened; a tensor is read when asked for. Raises InputError.
-
-    verify: reads all of it first, to compare it with the hash that `save_tensors` has noted.
-    """
+def open_tensors(path: str | Path) -> safe_open:
+    """A safetensors file, opened; a tensor is read when asked for. Raises InputError."""
     try:
-        file = safe_open(readable(path), "pt")
+        return safe_open(readable(path), "pt")
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: not a readable safetensors file ({error}); download or make it again"
         ) from None
-    if verify:
-        noted = (file.metadata() or {}).get(HASH, "")
-        if noted != hash_of(path, noted):
-            raise InputError(f"{path}: is damaged (not as it was written); remove or make it again")
-    return file
+
+
+def verify(file: safe_open, path: str | Path) -> None:
+    """Raises InputError unless all of an open file is as `save_tensors` has written it."""
+    noted = (file.metadata() or {}).get(HASH)
+    if not noted or noted != hash_of(path, noted):
+        raise InputError(f"{path}: is damaged (not as it was written); remove or make it again")
 
 
 def hash_of(path: str | Path, noted: str) -> str:
-    """The hash of a safetensors file as it was before its hash was noted in it."""
+    """The hash of a safetensors file with the hash that is noted in it blanked out."""
     hashed = hashlib.sha256()
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -311,14 +311,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary name, which replaces `path` if the block ends without an error."""
     path = Path(path)
     refuse_no_file(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             clear_temporaries(path.parent)
             yield temporary
             # on the disk, before what it replaces is gone
-            with open(temporary, "rb") as file:
+            with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
@@ -331,11 +331,20 @@ def refuse_no_file(path: Path) -> None:
         raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
 
 
-def clear_temporaries(folder: Path) -> None:
-    """Removes what writers have left in a folder that were killed."""
-    for temporary in folder.glob(".*.tmp"):
-        process = temporary.name.split(".")[-2]
-        if process.isdecimal() and not is_alive(int(process)):
+def temporary_for(path: Path) -> Path:
+    """A name beside `path` that tells which process of which machine is writing there."""
+    return path.with_name(f".{path.name}.ivl-{platform.node()}-{os.getpid()}.tmp")
+
+
+def clear_temporaries(folder: Path, of_all: bool = False) -> None:
+    """Removes what writers that were killed have left in a folder.
+
+    of_all: whoever they were; for a folder in which nobody else can be writing.
+    """
+    for temporary in folder.glob(".*.ivl-*.tmp"):
+        machine, _, process = temporary.name[:-4].rpartition(".ivl-")[2].rpartition("-")
+        is_dead = machine == platform.node() and process.isdecimal() and not is_alive(int(process))
+        if of_all or is_dead:
             remove(temporary)
 
 
@@ -431,31 +440,44 @@ def own_folder(path: str | Path, marks: Collection[str]) -> Iterator[Path]:
     path = Path(path)
     held = []
     if path.is_dir():
-        held = [file.name for file in path.iterdir() if not file.name.endswith(".tmp")]
+        held = [file.name for file in path.iterdir() if not file.name.startswith(".")]
     if held and not set(marks) & set(held):
         raise InputError(
             f"{path}: holds files that are not from here ({min(held)}); give a folder that is new "
             "or empty"
         )
-    writable_folder(path)
-
-    # a lock on the folder itself, which ends with the process, however that ends
-    if fcntl is None:
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(path)
+    try:
+        writable_folder(path)
+        if lock is not None:
+            clear_temporaries(path, of_all=True)
         yield path
-        return
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def lock_folder(path: Path) -> int | None:
+    """Locks a folder until the number that is given back is closed, or the process ends, however
+    that ends. None where there are no locks. Raises InputError if another process has it.
+    """
+    if fcntl is None:
+        return None
     folder = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(folder)
         raise InputError(
             f"{path}: another run is writing there; wait for it, or give another folder"
         ) from None
     except OSError:
-        pass  # a file system without locks
-    try:
-        yield path
-    finally:
         os.close(folder)
+        print(f"({path}: a file system without locks; start no second run there)", file=sys.stderr)
+        return None
+    return folder
 
 
 def refuse_overwriting(outputs: dict[str, object], inputs: dict[str, object]) -> None:
@@ -467,7 +489,10 @@ def refuse_overwriting(outputs: dict[str, object], inputs: dict[str, object]) ->
         for option, source in inputs.items():
             if target is None or source is None:
                 continue
-            if os.path.realpath(target) == os.path.realpath(source):
+            same = os.path.realpath(target) == os.path.realpath(source)
+            if os.path.exists(target) and os.path.exists(source):
+                same = os.path.samefile(target, source)  # whatever the names
+            if same:
                 raise InputError(
                     f"--{output} and --{option} are the same, {target}: it would be overwritten; "
                     f"give another --{output}"
@@ -483,8 +508,8 @@ class Late(BaseException):
 
 @contextmanager
 def limited(seconds: float, memory: int) -> Iterator[None]:
-    """The block may take so long, and so many bytes more than there are: else it ends with a
-    TimeoutError or a MemoryError. For chat templates, which are programs of strangers.
+    """The block may take so long, and so many bytes more than the program has now: else it ends
+    with a TimeoutError or a MemoryError. For chat templates, which are programs of strangers.
 
     Only Linux has such limits, and only in the main thread; elsewhere there are none.
     """
@@ -535,6 +560,8 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # torchrun starts one process for each GPU
     try:
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+            raise RuntimeError
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise InputError(
@@ -580,7 +607,9 @@ class Parser(argparse.ArgumentParser):
                         f"{name}: an empty text was given; leave it out, or fill it in"
                     )
                 if word.encode(errors="replace") != word.encode(errors="surrogatepass"):
-                    raise InputError(f"{name}: {word!r} is not UTF-8; give a text or name that is")
+                    raise InputError(
+                        f"--{name}: {word!r} is not UTF-8; give a text or name that is"
+                    )
         return args
 
 
@@ -617,6 +646,8 @@ def command(main: Callable[[], None]) -> None:
         lead_nowhere(sys.stdout)
         sys.exit(1)
     except OSError as error:
+        if error.strerror is None:
+            raise
         lead_nowhere(sys.stdout)
         fail(f"{error.filename or 'the output'}: {error.strerror}")
     except RuntimeError as error:

@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,8 +44,10 @@ from files import (
     read_fields,
     read_json,
     readable,
+    refuse_no_file,
     remove,
     save_tensors,
+    temporary_for,
     whole,
     write_text,
     writing,
@@ -87,16 +90,10 @@ ROPE_NUMBERS = {  # the kinds of RoPE, and the numbers that each needs
     },
 }
 # what is read of a saved model, here or by transformers: a new one leaves none of the old one's
-MODEL_FILES = (
-    "config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.*",
-    "generation_config.json",
-    "README.md",
+MODEL_FILES = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
+    r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|tokenizer\.model"
+    r"|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|README\.md"
 )
 PIECES, PIECE = 64, 2**20  # of a large file a fingerprint looks at so many pieces of so many bytes
 
@@ -758,21 +755,24 @@ def replacing_model(directory: str | Path) -> Iterator[Path]:
     `directory`, tokenizer and all. After an error the old model stands. Raises InputError.
     """
     directory = Path(directory)
-    new = directory / f".model.{os.getpid()}.tmp"
+    new = temporary_for(directory / "model")
     try:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             clear_temporaries(directory)
+            remove(new)  # of an earlier process with our number
             new.mkdir()
             yield new
+            old = [file for file in directory.iterdir() if MODEL_FILES.fullmatch(file.name)]
+            for file in [*old, *(directory / file.name for file in new.iterdir())]:
+                refuse_no_file(file)
 
             # without config.json nothing here is taken for a model: so none is ever half the old
             # one and half the new one
             (directory / "config.json").unlink(missing_ok=True)
-            for pattern in MODEL_FILES:
-                for old in directory.glob(pattern):
-                    if not (new / old.name).exists():
-                        old.unlink()
+            for file in old:
+                if not (new / file.name).exists():
+                    file.unlink(missing_ok=True)
             last = ["config.json", "README.md"]
             names = [file.name for file in new.iterdir() if file.name not in last]
             for name in names + last:
@@ -798,6 +798,19 @@ def fingerprint(directory: str | Path) -> str:
                 opened.seek(i * (size - PIECE) // (PIECES - 1))
                 hashed.update(opened.read(PIECE))
     return hashed.hexdigest()
+
+
+def plain(directory: str | Path) -> str | Path:
+    """The directory of a base, a teacher or the like. Raises InputError for a value model that
+    reads what a base says: by itself it says nothing.
+    """
+    connection = recorded_connection(directory)
+    if connection != "residual":
+        raise InputError(
+            f"{directory}: is a value model of the connection {connection}, which can only stand "
+            "beside a base, as --value"
+        )
+    return directory
 
 
 def recorded_connection(directory: str | Path) -> str:

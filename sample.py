@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chats import read_chats
+from chats import SUFFIXES, read_chats
 from data import TEMPLATES, TextStream, Tokenizer
 from files import (
     SEED,
@@ -47,7 +47,7 @@ from files import (
     write_text,
 )
 from ivl import choose, generate, never, shared_vocabulary
-from model import Config, Llama, column_major, load, recorded_connection
+from model import Config, Llama, column_major, load, plain, recorded_connection
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")
@@ -75,7 +75,7 @@ class Speaker:
         args = self.args
 
         # replies are in the value model's tokens, if there is one
-        base_tokenizer = Tokenizer(args.base, args.template)
+        base_tokenizer = Tokenizer(plain(args.base), args.template)
         base_tokenizer.check(Config.load(args.base).vocab_size)
         self.tokenizer = base_tokenizer
         if args.value != "none":
@@ -91,7 +91,7 @@ class Speaker:
         self.differing: set[int] = set()  # of these ids, those that do not mean the same
         others = [] if self.mapping else [base_tokenizer]
         if args.antiexpert:
-            others.append(Tokenizer(args.antiexpert, args.template))
+            others.append(Tokenizer(plain(args.antiexpert), args.template))
         for other in others:
             shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
             self.vocabulary = min(self.vocabulary, shared)
@@ -363,9 +363,9 @@ def chat(speaker: Speaker) -> None:
 
 def read_prompts(path: str) -> list[list[dict]]:
     """Chats to be answered: a chat file (without last replies), or a text file, line by line."""
-    if not path.endswith((".json", ".jsonl")):
-        # at newlines only: splitlines() would also split at what a text may hold
-        lines = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]
+    if not path.endswith(SUFFIXES):
+        # splitlines() would also split at what a text may hold
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
         if not lines:
             raise InputError(f"{path}: holds no prompts")
         return [[{"role": "user", "content": line}] for line in lines]
@@ -396,30 +396,39 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
 
     order = sorted(prompts, key=lambda i: len(prompts[i]))
     start, total = time.perf_counter(), 0
-    with tqdm(total=len(order), unit=" replies", disable=None) as bar:
-        for k in range(0, len(order), batch_size):
-            rows = order[k : k + batch_size]
-            # steps of B ids, turned into B columns: a reply each
-            columns = zip(*speaker.replies([prompts[i] for i in rows]))
-            for i, column in zip(rows, columns):
-                ids = [token for token in column if token is not None]  # None: it has ended
-                total += len(ids)
-                stream = TextStream(speaker.tokenizer)
-                reply = "".join(map(stream.step, ids)) + stream.rest()
-                entries[i] |= {
-                    "reply": reply.strip(),
-                    "tokens": len(ids),
-                    "stopped": ids[-1] in speaker.tokenizer.stop,
-                }
-            bar.update(len(rows))
+    try:
+        with tqdm(total=len(order), unit=" replies", disable=None) as bar:
+            for k in range(0, len(order), batch_size):
+                rows = order[k : k + batch_size]
+                # steps of B ids, turned into B columns: a reply each
+                columns = zip(*speaker.replies([prompts[i] for i in rows]))
+                for i, column in zip(rows, columns):
+                    ids = [token for token in column if token is not None]  # None: it has ended
+                    total += len(ids)
+                    stream = TextStream(speaker.tokenizer)
+                    reply = "".join(map(stream.step, ids)) + stream.rest()
+                    entries[i] |= {
+                        "reply": reply.strip(),
+                        "tokens": len(ids),
+                        "stopped": ids[-1] in speaker.tokenizer.stop,
+                    }
+                bar.update(len(rows))
+    finally:
+        # also where it is stopped: what has been answered is kept
+        for entry in entries:
+            if "reply" not in entry:
+                entry.setdefault("error", "stopped before its turn")
+        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        if out is None:
+            print(lines, end="")
+        elif main_process():
+            write_text(out, lines)
     seconds = time.perf_counter() - start
     print(f"{len(order)} replies, {total / seconds:.1f} tok/s", file=sys.stderr)
+    if torchrun():
+        from extras.sharding import Ranks
 
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    if out is None:
-        print(lines, end="")
-    elif main_process():
-        write_text(out, lines)
+        Ranks().total(0)  # nobody ends before the file stands
     if len(order) < len(chats):
         raise InputError(
             f"{path}: {len(chats) - len(order)} of {len(chats)} prompts have no reply; their "
@@ -544,6 +553,9 @@ def check(args: argparse.Namespace) -> None:
     for name in given(args, "out", "html"):
         file = getattr(args, name)
         refuse_overwriting({name: file}, {"prompts": args.prompts, "map": args.map})
+        models = {Path(model).resolve() for model in (args.base, args.value, args.antiexpert or "")}
+        if Path(file).exists() and Path(file).resolve().parent in models:
+            raise InputError(f"--{name} {file}: is part of a model; give another name")
         writable_file(file)
 
 

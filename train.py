@@ -20,8 +20,9 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ from files import (
     refuse_overwriting,
     save_tensors,
     torchrun,
+    verify,
     whole,
     write_text,
     writing,
@@ -64,6 +66,7 @@ from model import (
     Llama,
     fingerprint,
     load,
+    plain,
     recorded_connection,
     replacing_model,
     save,
@@ -71,6 +74,7 @@ from model import (
 
 BILLION = 10**9
 COUNT = whole(1, 10**9)
+TWICE = 2.0  # seconds after which a second Ctrl-C is another one
 CHECKPOINT = "checkpoint.safetensors"  # in OUT, as long as a run is not complete
 FORMAT = "ivl checkpoint 2"
 FINGERPRINTS = ("base", "value", "teacher", "chats")  # what a checkpoint knows by a hash
@@ -265,6 +269,10 @@ def train(
     align = ALIGNED if device.type == "cuda" else 1
     held_rows, batches = split(chats, settings)
     steps = len(batches)
+    if steps < len(bases.loads):
+        raise InputError(
+            f"{steps} steps are too few for {len(bases.loads)} bases; give more chats or --epochs"
+        )
     optimizer = adamw(value, settings)
     checkpoint = Checkpoint(
         out, value, optimizer, made_with(settings, chats, origin, name), steps, machine
@@ -308,7 +316,8 @@ def train(
                 )
                 part_loss.backward()
                 sums += part_sums
-            total, total_norm, stopped = machine.total(*sums.tolist(), float(stop.asked))
+            # (one rank's wish to stop is all ranks': they stop after the same step)
+            total, total_norm, stopped = machine.total(*sums.tolist(), float(stop.asked > 0))
             loss, norm = total / n, total_norm / norm_count
 
             # 3) one step of AdamW, unless something is no number any more
@@ -345,7 +354,7 @@ def check_finite(checkpoint: "Checkpoint", where: str, **numbers: float) -> None
         if not math.isfinite(x):
             raise InputError(
                 f"{where}: {name} = {x}, so the training has failed; nothing of it is saved, "
-                f"{checkpoint.last()}; look at these chats, or lower --lr"
+                f"{checkpoint.last()}; look at these chats, or train anew with a lower --lr"
             )
 
 
@@ -422,15 +431,13 @@ class Log:
     """
 
     def __init__(self, path: Path, run: str, start: int, writes: bool):
-        self.path = path
+        self.path = path if writes else Path(os.devnull)
         self.run = run
-        if writes:
-            self.keep(start)
-        with writing(path):
-            self.file = open(path if writes else os.devnull, "a")
+        self.kept = self.keep(start) if writes else None
+        self.file = None
 
-    def keep(self, start: int) -> None:
-        """Rewrites the file with the lines that stay."""
+    def keep(self, start: int) -> str:
+        """The lines that stay."""
         lines = []
         if self.path.exists():
             lines = read_text(self.path).split("\n")[:-1]  # what follows is half a line, or nothing
@@ -444,10 +451,16 @@ class Log:
             fields = fields_of(entry, LOGGED, f"{self.path}, line {i}")
             if fields["run"] != self.run or fields["step"] < start:
                 kept.append(json.dumps(entry) + "\n")
-        write_text(self.path, "".join(kept))
+        return "".join(kept)
 
     def note(self, **entry) -> None:
+        # only now, when there is something to tell, the earlier run's lines go
+        if self.kept is not None:
+            write_text(self.path, self.kept)
+            self.kept = None
         with writing(self.path):
+            if self.file is None:
+                self.file = open(self.path, "a")
             self.file.write(json.dumps({"run": self.run, **entry}) + "\n")
             self.file.flush()
 
@@ -455,24 +468,28 @@ class Log:
         return self
 
     def __exit__(self, *_) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
 
 class Stop:
     """Ctrl-C and SIGTERM, noted in the place of ending the program: a step can end first. Who asks
-    twice is obeyed at once.
+    again after a while is obeyed at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0.0  # when, on the clock of `monotonic`
 
     def note(self, *_) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if not self.asked:
+            self.asked = now
+            with suppress(OSError, RuntimeError):  # whoever listened may be gone
+                print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        elif now - self.asked > TWICE:  # sooner it is the same wish, passed on by torchrun
             raise KeyboardInterrupt
-        self.asked = True
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
     def __enter__(self) -> "Stop":
         self.before = {}
@@ -540,10 +557,12 @@ class Checkpoint:
         """Restores weights and optimizer; the next step. InputError for another run's file."""
         if not self.path.exists():
             raise InputError(f"{self.path}: no checkpoint to resume; leave out --resume")
-        file = open_tensors(self.path, verify=self.machine.writes)
+        file = open_tensors(self.path)
         note = file.metadata() or {}
         if note.get("format") != FORMAT:
             raise InputError(f"{self.path}: is no checkpoint of this train.py; leave out --resume")
+        if self.machine.writes:
+            verify(file, self.path)
         self.check_run(parse_json(note.get("run", ""), self.path))
         step = note.get("step", "")
         if not step.isdecimal() or not 0 < int(step[:12]) <= self.steps:
@@ -577,9 +596,10 @@ class Checkpoint:
 
         for name, p in self.value.named_parameters():
             p.copy_(self.machine.read_tensor(file, f"value.{name}", p))
-            state = {"step": file.get_tensor(f"step.{name}").to(p.device)}
+            # copies, or the state would stay a part of the file
+            state = {"step": file.get_tensor(f"step.{name}").clone().to(p.device)}
             for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = self.machine.read_tensor(file, f"{key}.{name}", p).to(p.device)
+                state[key] = self.machine.read_tensor(file, f"{key}.{name}", p).clone().to(p.device)
             self.optimizer.state[p] = state
 
 
@@ -726,8 +746,8 @@ TRAINING_ONLY = (
 )
 # each option, and those that would have no effect beside it
 CONFLICTS = {
-    "show": ("evaluate", *TRAINING_ONLY),
-    "evaluate": TRAINING_ONLY,
+    "show": ("evaluate", "micro_batch_size", "compile", "connection", *TRAINING_ONLY),
+    "evaluate": ("chosen", *TRAINING_ONLY),
     "full": ("value", "random", "connection", "teacher", "rejected", "lam", "norm_over"),
     "rejected": ("teacher", "chosen"),
 }
@@ -750,12 +770,6 @@ def check(args: argparse.Namespace) -> None:
     for base in args.base:
         refuse_overwriting({"out": args.out}, {"base": base})
     refuse_overwriting({"out": args.out}, {"value": args.value, "teacher": args.teacher})
-    if args.out:
-        checkpoint = Path(args.out) / CHECKPOINT
-        if checkpoint.exists() and not args.resume:
-            raise InputError(
-                f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
-            )
 
 
 def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
@@ -770,18 +784,23 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
 
     # in a folder that no other run has; where a run was stopped, the command that goes on
     folder = own_folder(args.out, ["log.jsonl", CHECKPOINT]) if machine.writes else nullcontext()
+    checkpoint = Path(args.out) / CHECKPOINT
     with folder:
+        if checkpoint.exists() and not args.resume:
+            raise InputError(
+                f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
+            )
         try:
             Run(args, machine).train()
         except KeyboardInterrupt:
-            if (Path(args.out) / CHECKPOINT).exists():
+            if checkpoint.exists():
                 print(f"stopped; this goes on:\n  {resuming()}", file=sys.stderr)
             raise
 
 
 def resuming() -> str:
     """The command that goes on with this run."""
-    words = ["train.py", *sys.argv[1:]]
+    words = list(sys.argv)
     if "--resume" not in words:
         words.append("--resume")
     start = "python"
@@ -802,9 +821,10 @@ class Run:
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
         self.match_vocabularies()  # tokenizer, configs, shared, differing
-        self.load_models()  # connection, value, trained, bases
-        self.settle()  # settings
-        self.read_chats()  # chats, batch_loss
+        self.settle()  # connection, settings
+        self.read_chats()  # chats, pairs
+        if not args.show:
+            self.load_models()  # value, trained, bases, batch_loss
 
     # ------------------------------------------------------------ the steps
 
@@ -817,7 +837,7 @@ class Run:
         self.shared = len(self.tokenizer.tokens)  # so many leading ids are everywhere,
         self.differing: set[int] = set()  # of which these do not mean the same
         self.configs = []
-        for directory in args.base + ([args.teacher] if args.teacher else []):
+        for directory in map(plain, args.base + ([args.teacher] if args.teacher else [])):
             other = Tokenizer(directory, args.template)
             shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
             self.shared = min(self.shared, shared)
@@ -830,16 +850,9 @@ class Run:
         An evaluation of the base alone has no value model.
         """
         args = self.args
-        self.connection = args.connection
-        if self.connection is None:
-            self.connection = recorded_connection(args.value) if args.value else "residual"
-        if self.connection != "residual" or given(args, "random", "teacher", "rejected", "compile"):
-            self.refuse_ranks()
-
         self.value = None
         if args.value or not args.evaluate:
             self.value = self.start_value()
-            self.tokenizer.check(self.value.config.vocab_size)
         loads = [partial(self.load_frozen, directory) for directory in args.base]
         if args.full:
             loads = [lambda: None]
@@ -852,6 +865,17 @@ class Run:
             self.trained = Connected(self.connection, self.value)
             loads = [partial(self.load_watched, directory) for directory in args.base]
         self.bases = Curriculum(*loads)
+
+        # the loss
+        self.batch_loss = forward
+        if args.teacher:
+            from extras.losses import distill
+
+            self.batch_loss = partial(distill, self.load_frozen(args.teacher))
+        if self.settings.beta:
+            from extras.losses import prefer
+
+            self.batch_loss = partial(prefer, self.settings.beta)
 
     def refuse_ranks(self) -> None:
         if self.machine is not ONE_DEVICE:
@@ -896,15 +920,27 @@ class Run:
     def settle(self) -> None:
         """The settings: the paper's, but for what was given. Raises InputError."""
         args = self.args
+        self.connection = args.connection
+        if self.connection is None:
+            self.connection = recorded_connection(args.value) if args.value else "residual"
+        if self.connection != "residual" or given(args, "random", "teacher", "rejected", "compile"):
+            self.refuse_ranks()
+
+        # the shape of what is trained; a probe has its base's
+        config = self.configs[0]
+        if args.value and self.connection != "probe":
+            config = Config.load(args.value)
+            self.tokenizer.check(config.vocab_size)
+        with torch.device("meta"):
+            model = Llama(config)
         beside = [] if args.full else self.configs
-        model = self.value or self.bases.at(0, 1)
-        self.settings = Settings(**paper_settings(model, beside), connection=self.connection)
+        self.settings = Settings(**paper_settings(model, beside))
         for field in fields(Settings):
             if getattr(args, field.name, None) is not None:
                 setattr(self.settings, field.name, getattr(args, field.name))
+        self.settings.connection = self.connection
 
-        configs = [model.config, *self.configs]
-        context = min(config.max_position_embeddings for config in configs)
+        context = min(config.max_position_embeddings for config in (config, *self.configs))
         if self.settings.max_length > context:
             raise InputError(
                 f"--max_length = {self.settings.max_length}; the models' context is {context} "
@@ -912,25 +948,19 @@ class Run:
             )
 
     def read_chats(self) -> None:
-        """The chats as tokens, and the loss that is theirs; says what became of them."""
+        """The chats as tokens, or pairs of them; says what became of them."""
         args = self.args
         reading = read_chats(*args.data)
         rivals = rejected_replies(args, reading)
         with self.machine.in_turn():
             self.chats = tokenize(reading, self.tokenizer, self.settings.max_length)
-        self.batch_loss = forward
-        if args.teacher:
-            from extras.losses import distill
-
-            self.batch_loss = partial(distill, self.load_frozen(args.teacher))
         if rivals:
-            from extras.losses import BETA, paired, prefer
+            from extras.losses import BETA, paired
 
             self.refuse_ranks()
             worse = tokenize(rivals, self.tokenizer, self.settings.max_length)
             self.chats = paired(self.chats, worse)
             self.settings.beta = BETA
-            self.batch_loss = partial(prefer, BETA)
         print(f"{' '.join(map(str, args.data))}\n{self.chats.report}")
         check_tokens(self.chats, self.tokenizer, self.shared, self.differing)
 
@@ -951,6 +981,8 @@ class Run:
         for name, pair in measured.items():
             size = self.settings.micro_batch_size
             nats = held_out_loss(*pair, self.chats, rows, size, self.autocast, self.machine)
+            if not math.isfinite(nats):
+                raise InputError(f"{name}: the loss is {nats}; these weights are of no use")
             print(f"{name}: {nats:.4f} nats per token")
 
     def train(self) -> None:

@@ -48,6 +48,7 @@ from files import (
     read_texts,
     refuse_overwriting,
     save_tensors,
+    verify,
     writable_file,
     write_text,
 )
@@ -502,13 +503,14 @@ class VocabMap:
     @classmethod
     def load(cls, path: str | Path, base: Tokenizer, value: Tokenizer) -> "VocabMap":
         """Raises InputError for a file that is damaged or was made for other tokenizers."""
-        file = open_tensors(path, verify=True)
+        file = open_tensors(path)
         made = file.metadata() or {}
         if made.get("format") != FORMAT or made.get("method") not in METHODS:
             raise InputError(
                 f"{path}: is no vocabulary map (format = {made.get('format')!r}, method = "
                 f"{made.get('method')!r}); make one with vocab_map.py"
             )
+        verify(file, path)
         for side, tokenizer in (("base", base), ("value", value)):
             if made.get(side) != fingerprint(tokenizer):
                 raise InputError(

@@ -51,8 +51,10 @@ from files import (
     command,
     given,
     own_folder,
+    parse_json,
     pick_device,
     read_fields,
+    read_text,
     write_text,
 )
 from model import Config, Llama, load, recorded_connection, save
@@ -469,8 +471,6 @@ def runs(args: argparse.Namespace) -> list[argparse.Namespace]:
             raise InputError(
                 f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
             )
-    for run in planned:
-        (run.out / "README.md").unlink(missing_ok=True)  # by it a run counts as complete
     return planned
 
 
@@ -490,8 +490,20 @@ def settled(args: argparse.Namespace, defaults: dict, **off) -> argparse.Namespa
 
 
 def is_complete(run: argparse.Namespace) -> bool:
-    """Whether a run has ended: the note on what it has made is written last."""
-    return (run.out / "README.md").exists() and not run.resume
+    """Whether a run has ended: the note on what it has made is written last. Raises InputError if
+    it was made with other settings.
+    """
+    note = run.out / "README.md"
+    if run.resume or not note.exists():
+        return False
+    made_with = parse_json(read_text(note).partition("```json")[2].partition("```")[0], note)
+    for name, then in made_with.items():
+        now = getattr(run, name, None)
+        if now is not None and now != then:
+            raise InputError(
+                f"{run.out}: was made with {name} = {then}, not {now}; leave out --resume"
+            )
+    return True
 
 
 def table(args: argparse.Namespace) -> None:

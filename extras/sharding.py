@@ -277,6 +277,7 @@ class Ranks:
                 self.whole(tensor)
         else:
             files.save_tensors(tensors, path, metadata, lambda name: self.whole(tensors[name]))
+        self.total(0)  # nobody goes on, or ends, before the file stands
 
     def read_tensor(self, file, name: str, like: Tensor) -> Tensor:
         """Of an open file's tensor, each rank reads the share that `like` is of its own."""

@@ -183,16 +183,15 @@ def test_the_toy(train_calls, option, base_dir, tmp_path, monkeypatch):
         (tmp_path / "out" / "value" / "checkpoint.safetensors").touch()
         assert train_calls(TRAIN[option])[0]["resume"] is True
         (tmp_path / "out" / "small-full").mkdir(exist_ok=True)
-        (tmp_path / "out" / "small-full" / "README.md").touch()
+        done = "```json\n" + json.dumps({"lr": 1e-3, "seed": 0}) + "\n```\n"
+        (tmp_path / "out" / "small-full" / "README.md").write_text(done)
         assert len(train_calls(TRAIN[option])) == 2
         # without it, what can be gone on with is not overwritten
         with pytest.raises(InputError, match="go on with --resume"):
             train_calls([])
         assert (tmp_path / "out" / "small-full" / "README.md").exists()
-        # begun again, a run is not complete any more
-        (tmp_path / "out" / "value" / "checkpoint.safetensors").unlink()
-        train_calls([])
-        assert not (tmp_path / "out" / "small-full" / "README.md").exists()
+        with pytest.raises(InputError, match="was made with lr = 0.001, not 0.5"):
+            train_calls(["--resume", "--lr", "0.5"])
         return
     assert differs(run, [], TRAIN[option]) != "nothing"
 

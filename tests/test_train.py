@@ -386,6 +386,8 @@ def test_curriculum_random_and_preferences_as_a_user_runs_them(
         "--random",
         "--rejected",
         worse,
+        "--batch_size",
+        8,
         *given,
     )
     assert result.returncode == 0, result.stderr
@@ -425,7 +427,7 @@ def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_pa
     bad.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n{oops\n")
     assert_refused(train(data=bad), "bad.jsonl, line 2")
     assert_refused(train(data=tmp_path / "absent.json"), "absent.json", "cannot be read")
-    assert_refused(train(base=tmp_path / "absent"), "absent", "tokenizer.json")
+    assert_refused(train(base=tmp_path / "absent"), "absent", "cannot be read")
     assert_refused(train(data=None), "--data is missing")
     assert_refused(train(base=None), "--base is missing")
     assert_refused(train(epochs=0), "--epochs")
@@ -537,3 +539,8 @@ def test_the_papers_settings_by_the_size_of_the_model():
         **{"lr": 1e-5, "batch_size": 16, "max_length": 2048, "lam": 0.0},
     }
     assert trainer.paper_settings(models[0], [small, large])["max_length"] == 2048
+
+
+def test_more_bases_than_steps_are_refused(setup, base_dir):
+    with pytest.raises(InputError, match="12 steps are too few for 13 bases"):
+        setup("a", bases=[lambda: load(base_dir)] * 13)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -168,12 +169,18 @@ def test_two_runs_in_one_folder(train, tmp_path):
 def test_what_the_dead_have_left_is_cleared_and_the_living_are_not(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".model.{dead.pid}.tmp").mkdir()
-    (tmp_path / f".log.jsonl.{dead.pid}.tmp").write_text("half")
-    living = tmp_path / f".other.{os.getppid()}.tmp"
-    living.write_text("half")
+    here = platform.node()
+    (tmp_path / f".model.ivl-{here}-{dead.pid}.tmp").mkdir()
+    (tmp_path / f".log.jsonl.ivl-{here}-{dead.pid}.tmp").write_text("half")
+    living = [f".other.ivl-{here}-{os.getppid()}.tmp", f".other.ivl-elsewhere-{dead.pid}.tmp"]
+    mine = [".backup.20240101.tmp"]
+    for name in living + mine:
+        (tmp_path / name).write_text("half")
     files.write_text(tmp_path / "file", "whole")
-    assert sorted(os.listdir(tmp_path)) == [living.name, "file"]
+    assert sorted(os.listdir(tmp_path)) == sorted([*living, *mine, "file"])
+    # in a folder that is locked nobody else can be writing
+    with files.own_folder(tmp_path, ["file"]):
+        assert sorted(os.listdir(tmp_path)) == sorted([*mine, "file"])
 
 
 def test_sample_does_not_overwrite_its_prompts(run, models, tmp_path):
@@ -352,7 +359,7 @@ def test_who_is_asked_to_stop_saves_and_says_how_to_go_on(
         _, said = process.communicate()
     assert process.returncode == 130 and "Traceback" not in said, said
     last = said.strip().splitlines()[-1]
-    assert last.strip().startswith("python train.py") and last.endswith("--resume"), said
+    assert last.strip().startswith(f"python {ROOT}/train.py") and last.endswith("--resume"), said
     assert not (out / "model.safetensors").exists()
 
     assert train(epochs=3, resume=True).returncode == 0
@@ -528,7 +535,7 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(run, train, models,
     (models["value"] / "model.safetensors").unlink()
     os.mkfifo(models["value"] / "model.safetensors")
     assert_refused(train(), "model.safetensors", "no plain file")
-    for name in ("a\0b", str(tmp_path), str(tmp_path / "absent")):
+    for name in ("a\0b", str(tmp_path / "absent")):
         assert_refused(train(data=name), "cannot be read")
 
 
@@ -631,3 +638,125 @@ def test_the_source_runs_nothing_from_a_file():
             uses = [line for line in text.splitlines() if word in line and ".eval(" not in line]
             told = [line for line in uses if "pickle file" in line]
             assert uses == told, f"{path.name}: {uses}"
+
+
+# ---------------------------------------------------------------- what reviewers found
+
+
+def test_a_wish_to_stop_is_heard_once_and_where_nobody_listens(monkeypatch):
+    """torchrun passes a signal on, which comes twice; and `| tee log` dies of the same Ctrl-C."""
+
+    class Gone:
+        def write(self, _):
+            raise BrokenPipeError
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with trainer.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked
+        monkeypatch.setattr(trainer, "TWICE", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+
+def test_saving_does_not_mind_what_a_process_of_the_same_number_has_left(train, tmp_path):
+    """In a container a script has the same number each time."""
+    assert train().returncode == 0
+    llama.temporary_for(tmp_path / "out" / "model").mkdir()
+    assert train().returncode == 0
+
+
+def test_a_swap_that_cannot_succeed_is_not_begun(train, tmp_path):
+    out = tmp_path / "out"
+    assert train().returncode == 0
+    before = (out / "model.safetensors").read_bytes()
+    (out / "chat_template.jinja").mkdir()
+    (out / "tokenizer_notes.txt").write_text("mine")
+    assert_refused(train(lr=1e-2), "chat_template.jinja", "folder")
+    assert (out / "model.safetensors").read_bytes() == before and (out / "config.json").exists()
+    (out / "chat_template.jinja").rmdir()
+    assert train(lr=1e-2, resume=True).returncode == 0
+    assert (out / "tokenizer_notes.txt").read_text() == "mine"
+
+
+def test_a_run_that_fails_at_once_leaves_the_log_of_the_model_that_stands(
+    train, tmp_path, monkeypatch
+):
+    assert train().returncode == 0
+    log = (tmp_path / "out" / "log.jsonl").read_text()
+    monkeypatch.setattr(trainer, "held_out_loss", lambda *_: float("nan"))
+    assert_refused(train(), "held_out_loss = nan")
+    assert (tmp_path / "out" / "log.jsonl").read_text() == log
+    assert_refused(train(out=None, epochs=None, evaluate=True), "the loss is nan")
+
+
+def test_a_model_that_reads_a_base_is_no_base(run, train, models, tmp_path):
+    change(models["value"] / "config.json", ivl_connection="cascade")
+    assert_refused(train(base=models["value"], value=None), "beside a base")
+    assert_refused(train(value=None, teacher=models["value"]), "beside a base")
+    alone = ["--base", models["value"], "--value", "none", "hello"]
+    assert_refused(run("sample.py", *alone), "beside a base")
+    proxy = ["--base", models["base"], "--value", models["base"], "--antiexpert", models["value"]]
+    assert_refused(run("sample.py", *proxy, "hello"), "beside a base")
+
+
+def test_looking_at_chats_loads_no_model(train, monkeypatch):
+    monkeypatch.setattr(trainer, "load", lambda *_: pytest.fail("a model is loaded"))
+    assert train(out=None, epochs=None, show=1).returncode == 0
+    assert_refused(train(data="absent.json"), "absent.json")  # told before models are loaded
+    assert_refused(train(out=None, epochs=None, show=1, compile=True), "--show and --compile")
+
+
+def test_prompts_may_be_packed_and_what_is_answered_is_kept(run, models, tmp_path, monkeypatch):
+    import gzip
+
+    import sample
+
+    prompts, replies = tmp_path / "prompts.jsonl.gz", tmp_path / "replies.jsonl"
+    with gzip.open(prompts, "wt") as file:
+        file.write('{"prompt": "hello you"}\n{"prompt": "Where is the dog?"}\n')
+    pair = ["--base", models["base"], "--value", models["value"], "--max_new_tokens", 3]
+    words = ["--prompts", prompts, "--out", replies, "--batch_size", 1]
+    assert run("sample.py", *pair, *words).returncode == 0
+    asked = [json.loads(line)["prompt"] for line in replies.read_text().splitlines()]
+    assert asked == ["hello you", "Where is the dog?"]
+
+    calls = []
+
+    def stopped(speaker, prompts, real=sample.Speaker.replies):
+        calls.append(prompts)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(speaker, prompts)
+
+    monkeypatch.setattr(sample.Speaker, "replies", stopped)
+    assert run("sample.py", *pair, *words).returncode == 130
+    first, second = map(json.loads, replies.read_text().splitlines())
+    assert "reply" in first and second["error"] == "stopped before its turn"
+
+
+def test_replies_do_not_go_into_a_model(run, models):
+    pair = ["--base", models["base"], "--value", models["value"]]
+    prompts = models["base"] / "prompts.txt"
+    prompts.write_text("hello\n")
+    config = (models["value"] / "config.json").read_text()
+    words = ["--prompts", prompts, "--out", models["value"] / "config.json"]
+    assert_refused(run("sample.py", *pair, *words), "part of a model")
+    assert (models["value"] / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize("device", ["meta", "hpu", "cuda:x", "cuda:"])
+def test_devices_that_cannot_be_meant_are_one_line(train, device):
+    assert_refused(train(device=device), f"--device {device}")
+
+
+def test_a_file_without_a_hash_is_no_file_of_ours(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors", {"format": "x"})
+    with pytest.raises(InputError, match="damaged"):
+        files.verify(files.open_tensors(tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
