@@ -20,7 +20,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from os.path import commonprefix
 from pathlib import Path
@@ -378,7 +378,7 @@ class Tokenizer:
 
     def spell(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a rendered chat, and of each where its characters begin and end. GUARDs have
-        kept special tokens apart, and go. Raises InputError.
+        kept special tokens apart, and go. Raises Refused, and InputError.
         """
         encoding = self.encoding(text)
         if GUARD not in text:
@@ -389,10 +389,7 @@ class Tokenizer:
             if characters and not characters.strip(GUARD):
                 continue
             if GUARD in characters:
-                raise InputError(
-                    f"{self.path}: cannot keep {characters.translate(MARKS)!r} in a message apart "
-                    "from a special token; leave it out"
-                )
+                raise Refused("a message has a special token's text, which cannot be kept apart")
             ids.append(i)
             places.append((start, end))
         return ids, places
@@ -401,11 +398,11 @@ class Tokenizer:
         """The ids after which the model is to reply. Raises InputError if the template refuses."""
         try:
             text, _ = unmarked(self.render(messages, reply_next=True))
+            return self.spell(text)[0]
         except Refused as error:
             raise InputError(
-                f"{self.directory}: the chat template refuses this chat: {error}"
+                f"{self.directory}: no prompt can be made of this chat: {error}"
             ) from None
-        return self.spell(text)[0]
 
     def save(self, directory: Path) -> None:
         """Writes the tokenizer and its template where transformers looks for them."""
@@ -701,61 +698,96 @@ def _tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
     """Chats, tokenized, and a report of what became of them. Raises InputError."""
     # packed: a list of Python's numbers would take ten times the room
     ids, target, offsets, entry = array("i"), bytearray(), [0], []
-    left_out = Counter(reading.left_out)  # chats, by reason
-    unlearnt: Counter = Counter()  # replies of chats that are used, by reason
-    replies = cut = 0
+    tally = Tally(max_length, Counter(reading.left_out))
     for chat in tqdm(reading.chats, "tokenizing", unit=" chats", leave=False, disable=None):
         begun, before = from_first_question(chat)
         if not any(message["role"] == "assistant" for message in begun.messages):
-            left_out["no reply in them"] += 1
+            tally.left_out["no reply in them"] += 1
             continue
         try:
             chat_ids, chat_target, ends = tokenize_chat(tokenizer, begun)
         except Refused as reason:
-            left_out[str(reason)] += 1
+            tally.left_out[str(reason)] += 1
             continue
         if not any(chat_target):
-            left_out["no reply in them that is to be learnt"] += 1
+            tally.left_out["no reply in them that is to be learnt"] += 1
             continue
 
         # as many replies as fit
-        fitting = [end for end in ends if end <= max_length]
+        fitting = [reply_end for reply_end in ends if reply_end <= max_length]
         end = max(fitting, default=0)
         if not any(chat_target[:end]):
-            left_out[no_fit(max_length)] += 1
+            tally.left_out[tally.no_fit] += 1
             continue
         ids.extend(chat_ids[:end])
         target.extend(chat_target[:end])
         offsets.append(len(ids))
         entry.append(chat.entry)
+        tally.count_replies(begun, before, len(ends), len(fitting))
 
-        # what became of its replies
-        replies += before + len(ends)
-        cut += len(fitting) < len(ends)
-        unlearnt["before the first question"] += before
-        unlearnt["past the cut"] += len(ends) - len(fitting)
-        places = [i for i, m in enumerate(begun.messages) if m["role"] == "assistant"]
-        unlearnt.update(begun.unlearnt[i] for i in places[: len(fitting)] if i in begun.unlearnt)
-
-    if not entry:
-        why = ", ".join(f"{reason}: {n}" for reason, n in left_out.most_common())
-        raise InputError(f"no chat has a reply to learn ({why})")
-    rows = [("chats read", reading.read, "")]
-    rows += [("  left out", n, reason) for reason, n in left_out.most_common()]
-    rows.append(("chats used", len(entry), ""))
-    rows += [("  cut", cut, f"to {max_length} tokens")] * (cut > 0)
-    rows.append(("replies in them", replies, ""))
-    rows += [("  not learnt", n, reason) for reason, n in unlearnt.most_common() if n]
-    rows.append(("tokens", len(ids), ""))
-    rows.append(("  targets", sum(target), f"{sum(target) / len(ids):.1%}"))
-    report = "\n".join(f"  {name:<18}{n:>12,}  {note}".rstrip() for name, n, note in rows)
+    report = tally.report(reading.read, len(entry), len(ids), sum(target))
     return Chats(
         ids=torch.frombuffer(ids, dtype=torch.int32),
         target=torch.frombuffer(target, dtype=torch.bool),
         offsets=torch.tensor(offsets),
         entry=torch.tensor(entry),
-        report=report + warning(reading.read - len(entry), reading.read, left_out, max_length),
+        report=report,
     )
+
+
+@dataclass
+class Tally:
+    """What became of chats and of the replies in those that are used."""
+
+    max_length: int
+    left_out: Counter  # chats, by reason
+    unlearnt: Counter = field(default_factory=Counter)  # replies, by reason
+    replies: int = 0
+    cut: int = 0  # chats
+
+    @property
+    def no_fit(self) -> str:
+        return f"no reply fits into --max_length {self.max_length}"
+
+    def count_replies(self, chat: Chat, before: int, replies: int, fitting: int) -> None:
+        """Of one chat: how many replies stood before its first question, how many follow, how many
+        of these fit.
+        """
+        self.replies += before + replies
+        self.cut += fitting < replies
+        self.unlearnt["before the first question"] += before
+        self.unlearnt["past the cut"] += replies - fitting
+        places = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+        within = places[:fitting]
+        self.unlearnt.update(chat.unlearnt[i] for i in within if i in chat.unlearnt)
+
+    def report(self, read: int, used: int, tokens: int, targets: int) -> str:
+        """A table; its last line warns where more than a tenth is left out. Raises InputError if
+        nothing is used.
+        """
+        if not used:
+            why = ", ".join(f"{reason}: {n}" for reason, n in self.left_out.most_common())
+            raise InputError(f"no chat has a reply to learn ({why})")
+        rows = [("chats read", read, "")]
+        rows += [("  left out", n, reason) for reason, n in self.left_out.most_common()]
+        rows.append(("chats used", used, ""))
+        if self.cut:
+            rows.append(("  cut", self.cut, f"to {self.max_length} tokens"))
+        rows.append(("replies in them", self.replies, ""))
+        rows += [("  not learnt", n, reason) for reason, n in self.unlearnt.most_common() if n]
+        rows.append(("tokens", tokens, ""))
+        rows.append(("  targets", targets, f"{targets / tokens:.1%}"))
+        report = "\n".join(f"  {name:<18}{n:>12,}  {note}".rstrip() for name, n, note in rows)
+        if used >= 0.9 * read:
+            return report
+
+        reason = self.left_out.most_common(1)[0][0]
+        remedy = ""
+        if reason == self.no_fit:
+            remedy = "; a larger --max_length keeps more"
+        elif "template" in reason:
+            remedy = "; another --template may take them"
+        return f"{report}\n  warning: {1 - used / read:.0%} of the chats are left out{remedy}"
 
 
 def from_first_question(chat: Chat) -> tuple[Chat, int]:
@@ -767,23 +799,6 @@ def from_first_question(chat: Chat) -> tuple[Chat, int]:
     kept = [i for i, role in enumerate(speakers) if i > question or role != "assistant"]
     unlearnt = {kept.index(i): reason for i, reason in chat.unlearnt.items() if i in kept}
     return Chat([chat.messages[i] for i in kept], chat.entry, unlearnt), len(speakers) - len(kept)
-
-
-def no_fit(max_length: int) -> str:
-    return f"no reply fits into --max_length {max_length}"
-
-
-def warning(lost: int, read: int, left_out: Counter, max_length: int) -> str:
-    """A line for the report where more than a tenth of the chats is left out, and what helps."""
-    if lost <= 0.1 * read:
-        return ""
-    reason = left_out.most_common(1)[0][0]
-    remedy = ""
-    if reason == no_fit(max_length):
-        remedy = "; a larger --max_length keeps more"
-    elif "template" in reason:
-        remedy = "; another --template may take them"
-    return f"\n  warning: {lost / read:.0%} of the chats are left out{remedy}"
 
 
 def epoch_batches(lengths: Tensor, batch_size: int, seed: int) -> list[list[int]]:

@@ -259,7 +259,7 @@ def train(
     bases: the frozen base of each step, or None for it: then `value` is trained by itself.
     batch_loss: the loss of a part of a batch, called as `forward` is.
     out, name: the folder of log and checkpoint, and what the log calls this run.
-    origin: what else the numbers come from, see `Run.origin`; a checkpoint remembers it.
+    origin: what else the numbers come from, see `Job.origin`; a checkpoint remembers it.
     Each step's losses go to out/log.jsonl. After every `save_every` steps, after an epoch, and when
     the run is to stop, all that the rest of it depends on goes to out/checkpoint.safetensors.
     Raises InputError for too few chats and for losses that are no numbers, KeyboardInterrupt when
@@ -513,7 +513,7 @@ def made_with(settings: Settings, chats: Chats, origin: dict | None, name: str) 
 class Checkpoint:
     """The weights and the optimizer's state after some step, in a file of OUT.
 
-    run: what the run was made with, see `made_with`. steps: so many has it.
+    identity: what the run is made with, see `made_with`. steps: so many has it.
     """
 
     def __init__(
@@ -521,13 +521,13 @@ class Checkpoint:
         out: Path,
         value: Llama,
         optimizer: torch.optim.Optimizer,
-        run: dict,
+        identity: dict,
         steps: int,
         machine: OneDevice = ONE_DEVICE,
     ):
         self.path = out / CHECKPOINT
         self.value, self.optimizer = value, optimizer
-        self.run, self.steps, self.machine = run, steps, machine
+        self.identity, self.steps, self.machine = identity, steps, machine
         self.step = None  # of the file, once it is written or read
 
     def last(self) -> str:
@@ -548,7 +548,7 @@ class Checkpoint:
             tensors[f"value.{name}"] = p.data
             for key, state in self.optimizer.state[p].items():
                 tensors[f"{key}.{name}"] = state
-        note = {"format": FORMAT, "step": str(step), "run": json.dumps(self.run)}
+        note = {"format": FORMAT, "step": str(step), "run": json.dumps(self.identity)}
         self.machine.write_tensors(tensors, self.path, note)
         self.step = step
 
@@ -577,7 +577,7 @@ class Checkpoint:
         """Raises InputError for a checkpoint that was made with something else."""
         if run not in TABLE:
             raise InputError(f"{self.path}: does not say of which run it is; remove it")
-        for field, now in self.run.items():
+        for field, now in self.identity.items():
             then = run.get(field)
             if then == now:
                 continue
@@ -776,10 +776,10 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
     """One training, or one evaluation, as the command line asks for it."""
     check(args)
     if args.show:
-        Run(args, machine).show()
+        Job(args, machine).show()
         return
     if args.evaluate:
-        Run(args, machine).evaluate()
+        Job(args, machine).evaluate()
         return
 
     # in a folder that no other run has; where a run was stopped, the command that goes on
@@ -791,7 +791,7 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
                 f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
             )
         try:
-            Run(args, machine).train()
+            Job(args, machine).train()
         except KeyboardInterrupt:
             if checkpoint.exists():
                 print(f"stopped; this goes on:\n  {resuming()}", file=sys.stderr)
@@ -809,7 +809,7 @@ def resuming() -> str:
     return f"{start} {shlex.join(words)}"
 
 
-class Run:
+class Job:
     """What a command line asks for: tokenizer, models, settings, chats and loss, step by step."""
 
     def __init__(self, args: argparse.Namespace, machine: OneDevice = ONE_DEVICE):

@@ -68,7 +68,7 @@ MEMORY = 2 * 10**9  # bytes for a command of a mutation
 FUSE = 16 * 2**30  # bytes of addresses more: then allocations fail, and the machine is spared
 GROWTH = 4 * 10**6  # bytes by which a long run may grow
 STATM = Path("/proc/self/statm")  # pages: of addresses, resident, ...
-INFORMATION = re.compile(r"\d+ (tokens|replies)[,:]")  # of a reply: its speed, who said it
+INFORMATION = re.compile(r"^(\(|\d+ (tokens|replies)[,:])")  # of a reply: its speed, who said it
 
 
 # ---------------------------------------------------------------- one run of a program
