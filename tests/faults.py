@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 TESTS = {  # each source file, and the arguments of pytest for the tests beside it
     "ivl.py": ["test_ivl.py", "test_kernels.py"],
     "model.py": ["test_model.py", "test_ivl.py"],
-    "chats.py": ["test_chats.py"],
+    "chats.py": ["test_chats.py", "test_data.py"],
     "data.py": ["test_data.py", "test_chats.py", "test_trust.py"],
     "train.py": ["test_train.py", "test_trust.py", "test_flags.py"],
     "sample.py": ["test_sample.py", "test_trust.py", "test_flags.py"],

@@ -700,3 +700,26 @@ def test_pairs_and_rejected_files_are_not_mixed(train, tmp_path):
     chats = written(tmp_path, plain, plain, name="plain.jsonl")
     for better, worse in ((pairs, chats), (chats, pairs)):
         assert_refused(train(better, "o", "--rejected", worse), "--rejected is for two files")
+
+
+def test_empty_replies_are_not_learnt_and_counted(tmp_path, base_dir):
+    empty = {"role": "assistant", "content": " "}
+    weightless = {**ASK, "weight": 0}  # which says nothing about replies
+    reading = read_chats(written(tmp_path, {"messages": [ASK, empty, weightless, GOOD]}))
+    assert reading.chats[0].unlearnt == {1: "empty"}
+    report = data.tokenize(reading, data.Tokenizer(base_dir), 200).report
+    assert "not learnt                 1  empty" in report
+
+
+def test_a_preference_ends_with_a_reply(tmp_path):
+    for side in ([], [ASK], [GOOD, ASK]):
+        record = {"prompt": [ASK], "chosen": side, "rejected": [BAD]}
+        reading = read_chats(written(tmp_path, record))
+        assert reading.left_out == {"chosen or rejected does not end with a reply": 1}
+
+
+def test_a_reply_that_says_what_was_said_before(directory):
+    (directory / "chat_template.jinja").write_text(TEMPLATES["phi"])
+    echo = [{**ASK, "content": GOOD["content"]}, GOOD, ASK, GOOD]
+    learnt = targets_of(data.Tokenizer(directory), Chat(echo))
+    assert [reply.replace(" ", "") for reply in learnt] == ["Onthemat.<|end|>"] * 2
