@@ -149,6 +149,7 @@ def one_json(path: Path) -> list | None:
         parsed = json.loads(text)
     except (ValueError, RecursionError):
         return None  # `read_lines` says what is wrong, if it is no better
+    parsed = parse_json(text, path)
     data = parsed.get("data") if isinstance(parsed, dict) else None
     return data if isinstance(data, list) else [parsed]
 
@@ -215,8 +216,9 @@ def chat_of(record: object) -> Chat:
     if not isinstance(record, dict):
         raise Unknown("no object {...}")
     record = without_null(record)
-    if record.get("tools") or record.get("functions"):
-        raise LeftOut("a chat with tools")
+    for key in ("tools", "functions"):
+        if record.get(key, []) not in ([], "", "[]"):
+            raise LeftOut("a chat with tools")
     if "chosen" in record or "rejected" in record:
         return preference_of(record)
     for key in ("label", "kto_tag"):
@@ -241,7 +243,9 @@ def prompt_of(record: dict) -> list | None:
         (key for key in ("instruction", "prompt", "question", "input") if key in record), None
     )
     turns = []
-    for exchange in record.get("history") or []:
+    if not isinstance(record.get("history", []), list):
+        raise Unknown("'history' is no list of pairs")
+    for exchange in record.get("history", []):
         if not isinstance(exchange, list) or len(exchange) != 2:
             raise Unknown("'history' is no list of pairs")
         turns += [turn("user", exchange[0]), turn("assistant", exchange[1])]
@@ -251,9 +255,8 @@ def prompt_of(record: dict) -> list | None:
         turns += record[asked]
     elif asked is not None:
         # a task, and what it is about
-        parts = [record[asked]] + [
-            record.get(more) for more in ("input", "context") if more != asked
-        ]
+        parts = [record[asked]]
+        parts += [record.get(more) for more in ("question", "input", "context") if more != asked]
         turns.append(turn("user", "\n\n".join(text_of(part) for part in parts if part)))
     else:
         return None
@@ -291,7 +294,7 @@ def preference_of(record: dict) -> Chat:
     better, worse = (continued(prompt, record[side]) for side in ("chosen", "rejected"))
     if better[:-1] != worse[:-1]:
         raise LeftOut("chosen and rejected differ before their last reply")
-    if better[-1]["content"] == worse[-1]["content"]:
+    if better[-1]["content"].strip() == worse[-1]["content"].strip():
         raise LeftOut("chosen and rejected are the same")
     if not any(message["role"] == "user" for message in better):
         raise Unknown("chosen and rejected have no question beside them")
@@ -310,7 +313,9 @@ def continued(prompt: list[dict], side: object) -> list[dict]:
     >>> continued([be, who], [who, i]) == [be, who, i]
     True
     """
-    said, _ = messages_of(turns_of(side))
+    said, unlearnt = messages_of(turns_of(side))
+    if len(said) - 1 in unlearnt:
+        raise LeftOut(f"chosen or rejected is {unlearnt[len(said) - 1]}")
     again = [
         n for n in range(len(said)) if prompt[len(prompt) - n :] == said[:n] and n <= len(prompt)
     ]
@@ -362,11 +367,13 @@ def without_null(fields: dict) -> dict:
 
 
 def content_of(said: dict) -> object:
+    said = without_null(said)
     return said.get("value", said.get("content"))
 
 
 def role_of(said: dict) -> str:
     """A turn's role, in our words. Raises LeftOut for those of tools, Unknown for others."""
+    said = without_null(said)
     word = said.get("from", said.get("role"))
     role = word.strip().lower() if isinstance(word, str) else word
     if role in TOOLS:

@@ -151,11 +151,16 @@ class Tokenizer:
         for name, i in (("bos_token", self.bos), ("eos_token", self.eos)):
             self.names[name] = "" if i is None else self.tokens[i]
         self.template = TEMPLATES[template] if template else self._own_template(settings)
+        self.now = datetime.now()  # some templates write the date
         self._compiled = self._compile()
 
         # the tokens that control a chat: those that are called special, and what the template uses
         self.added = self.backend.get_added_tokens_decoder()
-        self.control = {i for i, token in self.added.items() if token.special}
+        self.control = {
+            i
+            for i, token in self.added.items()
+            if token.special or (token.content and token.content in self.template)
+        }
         self.stop = {
             i for numbers in (config, generation) for i in _as_list(numbers["eos_token_id"])
         }
@@ -229,7 +234,7 @@ class Tokenizer:
             x, ensure_ascii=False, **options
         )
         environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = lambda form: self.now.strftime(form)
         try:
             with limited(SECONDS, BYTES):
                 return environment.from_string(self.template)
@@ -723,7 +728,7 @@ def _tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
         target.extend(chat_target[:end])
         offsets.append(len(ids))
         entry.append(chat.entry)
-        tally.count_replies(begun, before, len(ends), len(fitting))
+        tally.count_replies(begun, before, len(ends) - len(fitting), len(ends))
 
     report = tally.report(reading.read, len(entry), len(ids), sum(target))
     return Chats(
@@ -749,16 +754,18 @@ class Tally:
     def no_fit(self) -> str:
         return f"no reply fits into --max_length {self.max_length}"
 
-    def count_replies(self, chat: Chat, before: int, replies: int, fitting: int) -> None:
-        """Of one chat: how many replies stood before its first question, how many follow, how many
-        of these fit.
+    def count_replies(self, chat: Chat, before: int, past: int, found: int) -> None:
+        """Of one chat: how many replies stood before its first question; how many are past the cut
+        of all that were found in its text.
         """
-        self.replies += before + replies
-        self.cut += fitting < replies
-        self.unlearnt["before the first question"] += before
-        self.unlearnt["past the cut"] += replies - fitting
         places = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        within = places[:fitting]
+        self.replies += before + len(places)
+        self.cut += past > 0
+        self.unlearnt["before the first question"] += before
+        self.unlearnt["not marked by the template"] += max(0, len(places) - found)
+        # (a template may mark several parts of a reply: then `past` counts parts)
+        self.unlearnt["past the cut"] += min(past, len(places))
+        within = places[: len(places) - past] if past else places
         self.unlearnt.update(chat.unlearnt[i] for i in within if i in chat.unlearnt)
 
     def report(self, read: int, used: int, tokens: int, targets: int) -> str:

@@ -499,6 +499,13 @@ def refuse_overwriting(outputs: dict[str, object], inputs: dict[str, object]) ->
                 )
 
 
+def refuse_part_of_model(option: str, file: str | Path, *directories: str | Path | None) -> None:
+    """Raises InputError if what is to be written is a file of one of these models."""
+    models = [Path(model).resolve() for model in directories if model not in (None, "none")]
+    if Path(file).exists() and Path(file).resolve().parent in models:
+        raise InputError(f"--{option} {file}: is part of a model; give another name")
+
+
 # ---------------------------------------------------------------- strangers' programs
 
 
@@ -599,17 +606,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
         args = super().parse_args(argv, namespace)
-        for name, given_to_it in vars(args).items():
-            words = given_to_it if isinstance(given_to_it, list) else [given_to_it]
+        for name, value in vars(args).items():
+            words = value if isinstance(value, list) else [value]
             for word in filter(lambda word: isinstance(word, str), words):
                 if not word:
-                    raise InputError(
-                        f"{name}: an empty text was given; leave it out, or fill it in"
-                    )
-                if word.encode(errors="replace") != word.encode(errors="surrogatepass"):
-                    raise InputError(
-                        f"--{name}: {word!r} is not UTF-8; give a text or name that is"
-                    )
+                    raise InputError(f"--{name} is empty; leave it out, or fill it in")
+                if "\0" in word or word.encode(errors="replace").decode() != word:
+                    raise InputError(f"--{name} {word!r}: holds a NUL, or is not UTF-8")
         return args
 
 

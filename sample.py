@@ -40,6 +40,7 @@ from files import (
     pick_dtype,
     read_text,
     refuse_overwriting,
+    refuse_part_of_model,
     torchrun,
     visible,
     whole,
@@ -370,8 +371,8 @@ def read_prompts(path: str) -> list[list[dict]]:
             raise InputError(f"{path}: holds no prompts")
         return [[{"role": "user", "content": line}] for line in lines]
     reading = read_chats(path)
-    for reason in reading.left_out:
-        raise InputError(f"{path}: has {reason}, which cannot be answered; leave it out")
+    for reason, n in reading.left_out.items():
+        raise InputError(f"{path}: {n} records cannot be asked ({reason}); leave them out")
     chats = [chat.messages for chat in reading.chats]
     for i, messages in enumerate(chats):
         if messages and messages[-1]["role"] == "assistant":
@@ -553,9 +554,7 @@ def check(args: argparse.Namespace) -> None:
     for name in given(args, "out", "html"):
         file = getattr(args, name)
         refuse_overwriting({name: file}, {"prompts": args.prompts, "map": args.map})
-        models = {Path(model).resolve() for model in (args.base, args.value, args.antiexpert or "")}
-        if Path(file).exists() and Path(file).resolve().parent in models:
-            raise InputError(f"--{name} {file}: is part of a model; give another name")
+        refuse_part_of_model(name, file, args.base, args.value, args.antiexpert)
         writable_file(file)
 
 

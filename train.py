@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 
@@ -510,6 +511,16 @@ def made_with(settings: Settings, chats: Chats, origin: dict | None, name: str) 
     return {"run": name, "chats": chats.fingerprint(), **asdict(settings), **(origin or {})}
 
 
+def date_of(checkpoint: Path) -> datetime | None:
+    """The date that a run's chats were written with; None if it has none."""
+    if not checkpoint.exists():
+        return None
+    run = parse_json((open_tensors(checkpoint).metadata() or {}).get("run", "{}"), checkpoint)
+    with suppress(AttributeError, TypeError, ValueError):
+        return datetime.fromisoformat(run.get("date"))
+    return None
+
+
 class Checkpoint:
     """The weights and the optimizer's state after some step, in a file of OUT.
 
@@ -770,6 +781,12 @@ def check(args: argparse.Namespace) -> None:
     for base in args.base:
         refuse_overwriting({"out": args.out}, {"base": base})
     refuse_overwriting({"out": args.out}, {"value": args.value, "teacher": args.teacher})
+    for data in (*args.data, *(args.rejected or [])):
+        inside = args.out and Path(args.out).resolve().is_relative_to(Path(data).resolve())
+        if inside and Path(data).is_dir():
+            raise InputError(
+                f"--out {args.out}: lies in {data}, all of which is read as chats; give another"
+            )
 
 
 def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
@@ -786,7 +803,7 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
     folder = own_folder(args.out, ["log.jsonl", CHECKPOINT]) if machine.writes else nullcontext()
     checkpoint = Path(args.out) / CHECKPOINT
     with folder:
-        if checkpoint.exists() and not args.resume:
+        if machine.writes and checkpoint.exists() and not args.resume:
             raise InputError(
                 f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
             )
@@ -834,6 +851,9 @@ class Job:
         """
         args = self.args
         self.tokenizer = Tokenizer(args.value or args.base[0], args.template)
+        self.dated = "strftime_now" in self.tokenizer.template
+        if self.dated and args.resume:
+            self.tokenizer.now = date_of(Path(args.out) / CHECKPOINT) or self.tokenizer.now
         self.shared = len(self.tokenizer.tokens)  # so many leading ids are everywhere,
         self.differing: set[int] = set()  # of which these do not mean the same
         self.configs = []
@@ -1018,6 +1038,7 @@ class Job:
             "value": fingerprint(args.value) if args.value else None,
             "teacher": fingerprint(args.teacher) if args.teacher else None,
             "random": args.random,
+            "date": self.tokenizer.now.isoformat() if self.dated else None,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 

@@ -47,6 +47,7 @@ from files import (
     peak_memory,
     read_texts,
     refuse_overwriting,
+    refuse_part_of_model,
     save_tensors,
     verify,
     writable_file,
@@ -607,8 +608,10 @@ def main() -> None:
     for text in [*args.text, *(args.heldout or [])]:
         refuse_overwriting({"out": args.out}, {"text or --heldout": text})
 
-    for file in filter(None, (args.out, args.json)):
-        writable_file(file)
+    for option, file in (("out", args.out), ("json", args.json)):
+        if file is not None:
+            refuse_part_of_model(option, file, args.base, args.value)
+            writable_file(file)
 
     # texts to count in, texts to measure on
     base, value = Tokenizer(args.base), Tokenizer(args.value)

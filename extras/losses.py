@@ -120,6 +120,8 @@ def paired(better: Chats, worse: Chats) -> Pairs:
     # the chats that both have, by their numbers in the files
     both = set(better.entry.tolist()) & set(worse.entry.tolist())
     lost = len(better) - len(both)
+    if torch.equal(better.ids, worse.ids):
+        raise InputError("the chosen and the rejected replies are the same, all of them")
     rejected = "\n".join(f"  rejected: {line.strip()}" for line in worse.report.splitlines())
     better = subset(better, both)
     worse = subset(worse, both)

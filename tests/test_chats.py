@@ -723,3 +723,95 @@ def test_a_reply_that_says_what_was_said_before(directory):
     echo = [{**ASK, "content": GOOD["content"]}, GOOD, ASK, GOOD]
     learnt = targets_of(data.Tokenizer(directory), Chat(echo))
     assert [reply.replace(" ", "") for reply in learnt] == ["Onthemat.<|end|>"] * 2
+
+
+@pytest.mark.parametrize(
+    "record, words",
+    [
+        ({"instruction": "a", "history": 5, "output": "b"}, "'history' is no list"),
+        ({"instruction": "a", "history": [5], "output": "b"}, "'history' is no list"),
+    ],
+)
+def test_histories_of_another_form_are_named(tmp_path, record, words):
+    with pytest.raises(InputError, match=words):
+        read_chats(written(tmp_path, record))
+
+
+def test_null_columns_within_turns(tmp_path):
+    null = {"from": None, "value": None}
+    (chat,) = read_chats(written(tmp_path, {"messages": [{**null, **ASK}, {**null, **GOOD}]})).chats
+    assert chat.messages == [ASK, GOOD]
+    record = {"instruction": "Answer.", "question": "Why?", "answer": "So.", "tools": "[]"}
+    (chat,) = read_chats(written(tmp_path, record)).chats
+    assert chat.messages[0]["content"] == "Answer.\n\nWhy?"
+
+
+def test_chosen_replies_that_are_none_and_equal_pairs(train, tmp_path):
+    for chosen in ("", {**GOOD, "weight": 0}):
+        record = {"prompt": "a", "chosen": chosen, "rejected": "b"}
+        assert "chosen or rejected is" in str(read_chats(written(tmp_path, record)).left_out)
+    plain = {"messages": [ASK, GOOD]}
+    chats = written(tmp_path, plain, plain)
+    assert_refused(train(chats, "o", "--rejected", chats), "are the same")
+
+
+def test_out_does_not_lie_where_chats_are_read(train, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    written(folder, {"messages": [ASK, GOOD]}, {"messages": [ASK, GOOD]})
+    assert_refused(train(folder, "folder/out"), "lies in")
+
+
+def test_a_control_token_that_no_plain_chat_shows_is_guarded(directory):
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    for token in raw["added_tokens"]:
+        token["special"] = token["content"] in ("<unk>", "<s>", "</s>")
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    template = "{% for m in messages %}{% if m.role == 'system' %}<|system|>{% else %}<|user|>"
+    (directory / "chat_template.jinja").write_text(
+        template + "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer = data.Tokenizer(directory)
+    asked = tokenizer.prompt([{**ASK, "content": "x<|system|>y"}])
+    assert tokenizer.tokens.index("<|system|>") not in asked
+
+
+def test_a_run_that_was_dated_goes_on_on_another_day(train, base_dir, tmp_path, monkeypatch):
+    import datetime
+
+    import train as trainer
+
+    base = shutil.copytree(base_dir, tmp_path / "dated")
+    (base / "chat_template.jinja").write_text("{{ strftime_now('%d %b') }}" + TEMPLATES["chatml"])
+    chats = written(tmp_path, *({"messages": [ASK, GOOD]} for _ in range(9)))
+    words = ["--value", base, "--base", base]
+    assert train(chats, "straight", *words).returncode == 0
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "describe", stopped)
+        assert train(chats, "out", *words).returncode == 130
+
+    class Tomorrow(datetime.datetime):
+        @classmethod
+        def now(cls):
+            return datetime.datetime.now() + datetime.timedelta(days=1)
+
+    monkeypatch.setattr(data, "datetime", Tomorrow)
+    assert train(chats, "out", *words, "--resume").returncode == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("straight", "out")]
+    assert weights[0] == weights[1]
+
+
+def test_parts_of_replies_are_counted_as_replies(directory, tmp_path):
+    only_last = TEMPLATES["marked"].replace(
+        "{% if m.role == 'assistant' %}", "{% if m.role == 'assistant' and loop.last %}"
+    )
+    (directory / "chat_template.jinja").write_text(only_last)
+    report = data.tokenize(
+        read_chats(written(tmp_path, {"messages": CHAT})), data.Tokenizer(directory), 300
+    ).report
+    assert "replies in them              2" in report
+    assert "not learnt                 1  not marked by the template" in report

@@ -535,8 +535,10 @@ def test_what_is_no_plain_file_is_refused_and_not_waited_for(run, train, models,
     (models["value"] / "model.safetensors").unlink()
     os.mkfifo(models["value"] / "model.safetensors")
     assert_refused(train(), "model.safetensors", "no plain file")
-    for name in ("a\0b", str(tmp_path / "absent")):
-        assert_refused(train(data=name), "cannot be read")
+    assert_refused(train(data=tmp_path / "absent"), "cannot be read")
+    assert_refused(train(data="a\0b"), "--data", "NUL")
+    with pytest.raises(InputError, match="cannot be read"):
+        files.read_text("a\0b")
 
 
 def test_weights_that_are_twice_there_or_no_floats_are_named(models):
@@ -760,3 +762,28 @@ def test_a_file_without_a_hash_is_no_file_of_ours(tmp_path):
     save_file({"a": torch.ones(3)}, tmp_path / "a.safetensors", {"format": "x"})
     with pytest.raises(InputError, match="damaged"):
         files.verify(files.open_tensors(tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
+
+
+def test_outputs_that_are_there_already_are_replaced_but_no_part_of_a_model(
+    run, models, tmp_path, monkeypatch
+):
+    pair = ["--base", models["base"], "--value", models["value"]]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello\n")
+    here = ROOT / ".replies.jsonl"  # in the folder in which the scripts run
+    here.write_text("old")
+    try:
+        words = ["--prompts", prompts, "--out", here.name, "--max_new_tokens", 2]
+        assert run("sample.py", *pair, *words).returncode == 0
+        assert json.loads(here.read_text())["prompt"] == "hello"
+    finally:
+        here.unlink()
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat.\n\nThe dog sat.\n")
+    for option, name in (("--out", "model.safetensors"), ("--json", "config.json")):
+        target = models["value"] / name
+        before = target.read_bytes()
+        assert_refused(
+            run("vocab_map.py", *pair, "--text", text, option, target), "part of a model"
+        )
+        assert target.read_bytes() == before
