@@ -815,3 +815,22 @@ def test_parts_of_replies_are_counted_as_replies(directory, tmp_path):
     ).report
     assert "replies in them              2" in report
     assert "not learnt                 1  not marked by the template" in report
+
+
+def test_parts_that_a_template_marks_and_replies_that_are_not_to_be_learnt(directory):
+    """Which part belongs to which reply cannot be told."""
+    marked = TEMPLATES["marked"].replace(
+        "{% generation %}{{ m.content",
+        "{% generation %}{{ 'So: ' }}{% endgeneration %}{% generation %}{{ m.content",
+    )
+    (directory / "chat_template.jinja").write_text(marked)
+    with pytest.raises(data.Refused, match="marks parts of replies"):
+        data.tokenize_chat(data.Tokenizer(directory), Chat(CHAT, unlearnt={2: "no"}))
+
+
+def test_the_cache_is_made_where_there_is_no_folder_yet(tmp_path, base_dir, monkeypatch):
+    monkeypatch.setattr(data, "CACHE", tmp_path / "no" / "folder" / "yet")
+    reading = read_chats(written(tmp_path, {"messages": [ASK, GOOD]}))
+    for _ in range(2):
+        data.tokenize(reading, data.Tokenizer(base_dir), 200)
+    assert len(list(data.CACHE.iterdir())) == 1
