@@ -791,7 +791,7 @@ class Tally:
         reason = self.left_out.most_common(1)[0][0]
         remedy = ""
         if reason == self.no_fit:
-            remedy = "; a larger --max_length keeps more"
+            remedy = "; a larger --max_length keeps more, if the models' context allows it"
         elif "template" in reason:
             remedy = "; another --template may take them"
         return f"{report}\n  warning: {1 - used / read:.0%} of the chats are left out{remedy}"
