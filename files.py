@@ -19,7 +19,7 @@ import stat
 import sys
 import threading
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -310,7 +310,7 @@ def writing(path: str | Path) -> Iterator[None]:
 def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary name, which replaces `path` if the block ends without an error."""
     path = Path(path)
-    refuse_no_file(path)
+    refuse_non_file(path)
     temporary = temporary_for(path)
     try:
         with writing(path):
@@ -325,7 +325,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         remove(temporary)
 
 
-def refuse_no_file(path: Path) -> None:
+def refuse_non_file(path: Path) -> None:
     """Raises InputError for a folder, and for a device, say, in whose place a file would stand."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
@@ -426,7 +426,7 @@ def writable_folder(path: str | Path) -> Path:
 
 def writable_file(path: str | Path) -> None:
     """Proves that a file can be written, before minutes are spent on what goes into it."""
-    refuse_no_file(Path(path))
+    refuse_non_file(Path(path))
     writable_folder(Path(path).parent)
 
 
@@ -480,23 +480,24 @@ def lock_folder(path: Path) -> int | None:
     return folder
 
 
-def refuse_overwriting(outputs: dict[str, object], inputs: dict[str, object]) -> None:
+def refuse_overwriting(
+    output: str, target: str | Path | None, inputs: Iterable[tuple[str, str | Path | None]]
+) -> None:
     """Raises InputError if what is to be written is what is read, by whatever path.
 
-    outputs, inputs: option → path; None: not given.
+    output, target: an option and its path, None: not given; inputs: the same of what is read.
     """
-    for output, target in outputs.items():
-        for option, source in inputs.items():
-            if target is None or source is None:
-                continue
-            same = os.path.realpath(target) == os.path.realpath(source)
-            if os.path.exists(target) and os.path.exists(source):
-                same = os.path.samefile(target, source)  # whatever the names
-            if same:
-                raise InputError(
-                    f"--{output} and --{option} are the same, {target}: it would be overwritten; "
-                    f"give another --{output}"
-                )
+    for option, source in inputs:
+        if target is None or source is None:
+            continue
+        same = os.path.realpath(target) == os.path.realpath(source)
+        if os.path.exists(target) and os.path.exists(source):
+            same = os.path.samefile(target, source)  # whatever the names
+        if same:
+            raise InputError(
+                f"--{output} and --{option} are the same, {target}: it would be overwritten; "
+                f"give another --{output}"
+            )
 
 
 def refuse_part_of_model(option: str, file: str | Path, *directories: str | Path | None) -> None:

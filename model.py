@@ -44,7 +44,7 @@ from files import (
     read_fields,
     read_json,
     readable,
-    refuse_no_file,
+    refuse_non_file,
     remove,
     save_tensors,
     temporary_for,
@@ -765,7 +765,7 @@ def replacing_model(directory: str | Path) -> Iterator[Path]:
             yield new
             old = [file for file in directory.iterdir() if MODEL_FILES.fullmatch(file.name)]
             for file in [*old, *(directory / file.name for file in new.iterdir())]:
-                refuse_no_file(file)
+                refuse_non_file(file)
 
             # without config.json nothing here is taken for a model: so none is ever half the old
             # one and half the new one

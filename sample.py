@@ -553,7 +553,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError("--explain looks at all logits at once: leave out torchrun")
     for name in given(args, "out", "html"):
         file = getattr(args, name)
-        refuse_overwriting({name: file}, {"prompts": args.prompts, "map": args.map})
+        refuse_overwriting(name, file, [("prompts", args.prompts), ("map", args.map)])
         refuse_part_of_model(name, file, args.base, args.value, args.antiexpert)
         writable_file(file)
 

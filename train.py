@@ -778,9 +778,9 @@ def check(args: argparse.Namespace) -> None:
             raise InputError(f"--{option} is for one base; give one")
     if args.evaluate and args.connection and not args.value:
         raise InputError("--evaluate needs --value for --connection; the base alone has none")
-    for base in args.base:
-        refuse_overwriting({"out": args.out}, {"base": base})
-    refuse_overwriting({"out": args.out}, {"value": args.value, "teacher": args.teacher})
+    models = [("base", base) for base in args.base]
+    models += [("value", args.value), ("teacher", args.teacher)]
+    refuse_overwriting("out", args.out, models)
     for data in (*args.data, *(args.rejected or [])):
         inside = args.out and Path(args.out).resolve().is_relative_to(Path(data).resolve())
         if inside and Path(data).is_dir():

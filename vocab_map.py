@@ -603,10 +603,10 @@ def main() -> None:
     add("--out", help="where the map goes")
     add("--json", help="where the report goes, as JSON")
     args = parser.parse_args()
-    for text in [*args.text, *(args.heldout or []), args.out]:
-        refuse_overwriting({"json": args.json}, {"text, --heldout or --out": text})
-    for text in [*args.text, *(args.heldout or [])]:
-        refuse_overwriting({"out": args.out}, {"text or --heldout": text})
+    texts = [("text", text) for text in args.text]
+    texts += [("heldout", text) for text in args.heldout or []]
+    refuse_overwriting("out", args.out, texts)
+    refuse_overwriting("json", args.json, [*texts, ("out", args.out)])
 
     for option, file in (("out", args.out), ("json", args.json)):
         if file is not None:

@@ -780,6 +780,10 @@ def test_outputs_that_are_there_already_are_replaced_but_no_part_of_a_model(
         here.unlink()
     text = tmp_path / "text.txt"
     text.write_text("The cat sat.\n\nThe dog sat.\n")
+    same = ["--text", text, "--out", tmp_path / "map"]
+    for words in (["--out", text], ["--json", text], ["--out", "m", "--json", "m"]):
+        refused = run("vocab_map.py", *pair, *same, *words)
+        assert_refused(refused, "are the same", "would be overwritten")
     for option, name in (("--out", "model.safetensors"), ("--json", "config.json")):
         target = models["value"] / name
         before = target.read_bytes()
