@@ -605,8 +605,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(message)
 
+    def with_underscores(self, word: str) -> str:
+        """--max-length=5 is --max_length=5; what is no option stays as it is."""
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        return name + equals + value if name in self._option_string_actions else word
+
     def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
-        args = super().parse_args(argv, namespace)
+        words = sys.argv[1:] if argv is None else argv
+        words = [self.with_underscores(word) for word in words]
+        args = super().parse_args(words, namespace)
         for name, value in vars(args).items():
             words = value if isinstance(value, list) else [value]
             for word in filter(lambda word: isinstance(word, str), words):

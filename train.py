@@ -4,12 +4,13 @@
     python train.py --base DIR --data chats.json --out DIR          # your base, your chats
     python train.py --base DIR --full --data chats.json --out DIR   # fine-tune the model itself
     python train.py --base SMALL MEDIUM LARGE --data ... --out DIR  # a curriculum of bases
+    python train.py --base DIR --data chats.json --out DIR --dry_run       # what it would take
     python train.py --base DIR --value DIR --data chats.json --evaluate    # held-out loss of a pair
     torchrun --nproc_per_node 4 train.py --base DIR ...             # on four GPUs
 
 DIRs are Hugging Face directories; --value DIR gives the weights to start from. A run that was
 stopped, by Ctrl-C or in whatever way, goes on, step for step, with the same command and --resume.
-The losses of all steps are in OUT/log.jsonl.
+The losses of all steps are in OUT/log.jsonl, and in OUT/curve.png where matplotlib is installed.
 """
 
 import argparse
@@ -77,6 +78,7 @@ BILLION = 10**9
 COUNT = whole(1, 10**9)
 TWICE = 2.0  # seconds after which a second Ctrl-C is another one
 CHECKPOINT = "checkpoint.safetensors"  # in OUT, as long as a run is not complete
+BEST = "best.safetensors"  # likewise, with --keep best
 FORMAT = "ivl checkpoint 2"
 FINGERPRINTS = ("base", "value", "teacher", "chats")  # what a checkpoint knows by a hash
 LOGGED = {"run": Field(TEXT), "step": Field(whole(0, 2**53))}  # of each line of OUT/log.jsonl
@@ -103,6 +105,7 @@ class Settings:
     weight_decay: float = 0.01  # on matrices; the released scripts' value
     clip: float = 1.0  # largest norm of the gradient
     held_out: float = 0.02  # share of the chats that is not trained on; the released scripts' value
+    keep: str = "last"  # which weights are saved: the last, or those of the best held-out loss
     seed: int = 0
 
 
@@ -240,6 +243,89 @@ def forward(
         )
 
 
+@torch.no_grad()
+def held_out_loss(
+    base: Llama | None,
+    value: Llama | None,
+    chats: Chats,
+    rows: list[int],
+    size: int,
+    autocast=FULL_PRECISION,
+    machine: OneDevice = ONE_DEVICE,
+) -> float:
+    """Cross-entropy of z_post in nats per target token over the chats `rows`, `size` at a time;
+    value None measures the base alone. Of preferences: extras/losses.py.
+    """
+    # the base alone: it takes the value model's place, with no base beside it
+    if value is None:
+        value = base
+        base = None
+    chats = chats.plain()
+    loss = n = 0
+    for part in machine.parts(rows, size):
+        _, sums = forward(base, value, chats.batch(part, value.unembed.device), autocast)
+        loss += sums[0].item()
+        n += chats.count_targets(part)
+    machine.rest(value)
+    loss, n = machine.total(loss, n)
+    return loss / n
+
+
+def train_step(
+    base: Llama | None,
+    value: Llama,
+    optimizer: torch.optim.Optimizer,
+    chats: Chats,
+    rows: list[int],
+    settings: Settings,
+    lr: float,
+    *,
+    batch_loss: Callable = forward,
+    machine: OneDevice = ONE_DEVICE,
+    autocast=FULL_PRECISION,
+) -> dict[str, float]:
+    """One step of AdamW on the chats `rows`: its loss, norm term and gradient norm, of which one
+    may be no number; then nothing is changed. The arguments are those of `train`.
+    """
+    device = value.unembed.device
+    align = ALIGNED if device.type == "cuda" else 1
+
+    # 1) the two denominators, counted over the whole batch before it is cut into parts: so the
+    #    parts' gradients add up to the batch's
+    n = chats.loss_count(rows)
+    norm_width, norm_count = chats.norm_count(rows, settings.norm_over)
+
+    # 2) forward and backward, part by part
+    sums = torch.zeros(2, device=device)  # cross-entropy, norm term
+    for part in machine.parts(rows, settings.micro_batch_size):
+        batch = chats.batch(part, device, norm_width, align)
+        part_loss, part_sums = batch_loss(
+            base, value, batch, autocast, 1 / n, settings.lam / norm_count
+        )
+        part_loss.backward()
+        sums += part_sums
+    total, total_norm = machine.total(*sums.tolist())
+
+    # 3) one step of AdamW, unless something is no number any more
+    gradient = torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip)
+    numbers = {
+        "loss": total / n,
+        "norm": total_norm / norm_count,
+        "gradient": machine.whole(gradient).item(),
+    }
+    if all(map(math.isfinite, numbers.values())):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    return numbers
+
+
+def nothing_more(done: int, value: Llama) -> dict[str, float]:
+    """Nothing is measured along with the losses: `watch` of most runs."""
+    return {}
+
+
 def train(
     bases: Curriculum,
     value: Llama,
@@ -248,6 +334,8 @@ def train(
     out: Path,
     *,
     batch_loss: Callable = forward,
+    measure: Callable = held_out_loss,
+    watch: Callable[[int, Llama], dict] = nothing_more,
     machine: OneDevice = ONE_DEVICE,
     resume: bool = False,
     save_every: int = 500,
@@ -259,6 +347,8 @@ def train(
 
     bases: the frozen base of each step, or None for it: then `value` is trained by itself.
     batch_loss: the loss of a part of a batch, called as `forward` is.
+    measure: the loss of the held-out chats, called as `held_out_loss` is.
+    watch: what else is to be logged, asked before the first step and after each one.
     out, name: the folder of log and checkpoint, and what the log calls this run.
     origin: what else the numbers come from, see `Job.origin`; a checkpoint remembers it.
     Each step's losses go to out/log.jsonl. After every `save_every` steps, after an epoch, and when
@@ -266,87 +356,98 @@ def train(
     Raises InputError for too few chats and for losses that are no numbers, KeyboardInterrupt when
     it was stopped.
     """
-    device = value.unembed.device
-    align = ALIGNED if device.type == "cuda" else 1
+    # 1) what is trained on, and where an earlier run has left off
     held_rows, batches = split(chats, settings)
     steps = len(batches)
+    per_epoch = steps // settings.epochs
     if steps < len(bases.loads):
         raise InputError(
             f"{steps} steps are too few for {len(bases.loads)} bases; give more chats or --epochs"
         )
     optimizer = adamw(value, settings)
-    checkpoint = Checkpoint(
-        out, value, optimizer, made_with(settings, chats, origin, name), steps, machine
-    )
+    identity = made_with(settings, chats, origin, name)
+    checkpoint = Checkpoint(out, value, optimizer, identity, steps, machine)
     start = checkpoint.load() if resume else 0
+    best = Best(out, value, identity, start, start >= per_epoch, machine)
 
-    def note_held_out(step: int) -> None:
-        nats = held_out_loss(
-            bases.at(step, steps),
-            value,
-            chats.plain(),
-            held_rows,
-            settings.micro_batch_size,
-            autocast,
-            machine,
-        )
-        check_finite(checkpoint, f"step {step}, held-out chats", held_out_loss=nats)
-        log.note(step=step, held_out_loss=nats)
+    def held_out(step: int) -> dict[str, float]:
+        """The losses of the held-out chats: with the value model, and by the base alone."""
+        base = bases.at(step, steps)
+        how = (chats, held_rows, settings.micro_batch_size, autocast, machine)
+        losses = {"held_out_loss": measure(base, value, *how)}
+        if base is not None:
+            losses["base_alone"] = measure(base, None, *how)
+        check_finite(checkpoint, f"step {step}, held-out chats", **losses)
+        return losses
 
     with (
         Log(out / "log.jsonl", name, start, machine.writes) as log,
         Stop() as stop,
         tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar,
     ):
+        shown = {}  # beside the bar
+        begun = time.monotonic()
         if start == 0:
-            note_held_out(0)
+            losses = held_out(0)
+            log.note(step=0, **losses, **watch(0, value))
+            shown["held_out"] = f"{losses['held_out_loss']:.3f}"
         for step in range(start, steps):
-            # 1) the two denominators, counted over the whole batch before it is cut into parts: so
-            #    the parts' gradients add up to the batch's
+            # 2) a step. `bases` is asked anew each time: a variable here would keep the old base
+            #    alive while the next one is loaded
             rows = batches[step]
-            n = chats.loss_count(rows)
-            norm_width, norm_count = chats.norm_count(rows, settings.norm_over)
-
-            # 2) forward and backward, part by part. `bases` is asked anew each time: a variable
-            #    here would keep the old base alive while the next one is loaded
-            sums = torch.zeros(2, device=device)  # cross-entropy, norm term
-            for part in machine.parts(rows, settings.micro_batch_size):
-                batch = chats.batch(part, device, norm_width, align)
-                part_loss, part_sums = batch_loss(
-                    bases.at(step, steps), value, batch, autocast, 1 / n, settings.lam / norm_count
-                )
-                part_loss.backward()
-                sums += part_sums
-            # (one rank's wish to stop is all ranks': they stop after the same step)
-            total, total_norm, stopped = machine.total(*sums.tolist(), float(stop.asked > 0))
-            loss, norm = total / n, total_norm / norm_count
-
-            # 3) one step of AdamW, unless something is no number any more
-            grad_norm = torch.nn.utils.clip_grad_norm_(value.parameters(), settings.clip)
-            grad_norm = machine.whole(grad_norm).item()
-            numbers = dict(loss=loss, norm=norm, gradient=grad_norm)
+            lr = settings.lr * rate(step, steps, settings)
+            numbers = train_step(
+                bases.at(step, steps),
+                value,
+                optimizer,
+                chats,
+                rows,
+                settings,
+                lr,
+                batch_loss=batch_loss,
+                machine=machine,
+                autocast=autocast,
+            )
             entries = [int(chats.entry[i]) + 1 for i in chats.members(rows)]
             check_finite(checkpoint, f"step {step}, chats {entries} of the file", **numbers)
-            lr = settings.lr * rate(step, steps, settings)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad()
 
-            # 4) what came of it
-            log.note(step=step, **numbers, lr=lr, targets=chats.count_targets(rows))
-            bar.set_postfix(loss=f"{loss:.3f}", norm=f"{norm:.3f}")
+            # 3) what came of it
+            targets = chats.count_targets(rows)
+            log.note(step=step, **numbers, lr=lr, targets=targets, **watch(step + 1, value))
+            shown |= {"loss": f"{numbers['loss']:.3f}", "norm": f"{numbers['norm']:.3f}"}
+            bar.set_postfix(shown)
             bar.update()
 
-            # 5) the held-out loss at the end of an epoch; and a checkpoint then, now and then, and
-            #    when somebody wants to stop
-            epoch_ends = (step + 1) % (steps // settings.epochs) == 0
+            # 4) the held-out loss at the end of an epoch
+            epoch_ends = (step + 1) % per_epoch == 0
             if epoch_ends:
-                note_held_out(step)
+                losses = held_out(step)
+                log.note(step=step, **losses)
+                best.offer(losses["held_out_loss"])
+                shown["held_out"] = f"{losses['held_out_loss']:.3f}"
+                bar.set_postfix(shown)
+                words = ", ".join(f"{key} {number}" for key, number in shown.items())
+                words += f", {time.monotonic() - begun:.0f} s"
+                epoch = f"epoch {(step + 1) // per_epoch} of {settings.epochs}"
+                tell(f"{name}, {epoch}, step {step + 1} of {steps}: {words}")
+
+            # 5) a checkpoint then, now and then, and when somebody wants to stop (one rank's wish
+            #    is all ranks': they stop after the same step)
+            (stopped,) = machine.total(float(stop.asked > 0))
             if epoch_ends or (step + 1) % save_every == 0 or stopped:
                 checkpoint.save(step + 1)
             if stopped and step + 1 < steps:
                 raise KeyboardInterrupt
+
+    # 6) the weights to keep
+    best.restore()
+
+
+def tell(line: str) -> None:
+    """A line of progress, above the bar. That nobody reads it any more ends no training."""
+    with suppress(OSError):
+        tqdm.write(line)
+        sys.stdout.flush()
 
 
 def check_finite(checkpoint: "Checkpoint", where: str, **numbers: float) -> None:
@@ -399,31 +500,19 @@ def rate(step: int, steps: int, settings: Settings) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (steps - warmup))
 
 
-@torch.no_grad()
-def held_out_loss(
-    base: Llama | None,
-    value: Llama | None,
-    chats: Chats,
-    rows: list[int],
-    size: int,
-    autocast=FULL_PRECISION,
-    machine: OneDevice = ONE_DEVICE,
-) -> float:
-    """Cross-entropy of z_post in nats per target token over the chats `rows`, `size` at a time;
-    value None measures the base alone.
-    """
-    # the base alone: it takes the value model's place, with no base beside it
-    if value is None:
-        value = base
-        base = None
-    loss = n = 0
-    for part in machine.parts(rows, size):
-        _, sums = forward(base, value, chats.batch(part, value.unembed.device), autocast)
-        loss += sums[0].item()
-        n += chats.count_targets(part)
-    machine.rest(value)
-    loss, n = machine.total(loss, n)
-    return loss / n
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log that are whole. Raises InputError."""
+    lines = []
+    if path.exists():
+        lines = read_text(path).split("\n")[:-1]  # what follows is half a line, or nothing
+    entries = []
+    for i, line in enumerate(lines, 1):
+        entry = parse_json(line, path, i)
+        if entry not in TABLE:
+            raise InputError(f"{path}, line {i}: is none of train.py's; move the file away")
+        fields_of(entry, LOGGED, f"{path}, line {i}")
+        entries.append(entry)
+    return entries
 
 
 class Log:
@@ -439,20 +528,11 @@ class Log:
 
     def keep(self, start: int) -> str:
         """The lines that stay."""
-        lines = []
-        if self.path.exists():
-            lines = read_text(self.path).split("\n")[:-1]  # what follows is half a line, or nothing
-        kept = []
-        for i, line in enumerate(lines, 1):
-            entry = parse_json(line, self.path, i)
-            if entry not in TABLE:
-                raise InputError(
-                    f"{self.path}, line {i}: is none of train.py's; move the file away"
-                )
-            fields = fields_of(entry, LOGGED, f"{self.path}, line {i}")
-            if fields["run"] != self.run or fields["step"] < start:
-                kept.append(json.dumps(entry) + "\n")
-        return "".join(kept)
+        kept = ""
+        for entry in read_log(self.path):
+            if entry["run"] != self.run or entry["step"] < start:
+                kept += json.dumps(entry) + "\n"
+        return kept
 
     def note(self, **entry) -> None:
         # only now, when there is something to tell, the earlier run's lines go
@@ -501,6 +581,14 @@ class Stop:
     def __exit__(self, *_) -> None:
         for which, handler in self.before.items():
             signal.signal(which, handler)
+
+
+def warn_of_harm(harm: str) -> None:
+    print(
+        f"warning: on chats that were held out, {harm}; try a lower --lr, fewer --epochs, --keep "
+        "best, or more chats",
+        file=sys.stderr,
+    )
 
 
 # ---------------------------------------------------------------- on disk
@@ -614,6 +702,62 @@ class Checkpoint:
             self.optimizer.state[p] = state
 
 
+class Best:
+    """With --keep best: the weights of the lowest held-out loss so far, in a file of OUT.
+
+    identity, start: see `Checkpoint`. due: whether by the step `start` there must be such a file.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        value: Llama,
+        identity: dict,
+        start: int,
+        due: bool,
+        machine: OneDevice = ONE_DEVICE,
+    ):
+        self.path = out / BEST
+        self.value, self.machine = value, machine
+        self.wanted = identity["keep"] == "best"
+        self.note = {"format": FORMAT, "run": json.dumps(identity)}
+        self.nats = math.inf
+        if start == 0 and machine.writes:
+            self.path.unlink(missing_ok=True)  # of an earlier run
+        if start > 0 and self.wanted and (due or self.path.exists()):
+            self.nats = self.known()
+
+    def known(self) -> float:
+        """The held-out loss of a file of this run. Raises InputError."""
+        if not self.path.exists():
+            raise InputError(f"{self.path}: is missing; train anew, without --resume")
+        file = open_tensors(self.path)
+        note = file.metadata() or {}
+        if note.get("run") != self.note["run"]:
+            raise InputError(f"{self.path}: is of another run; train anew, without --resume")
+        if self.machine.writes:
+            verify(file, self.path)
+        for name, p in self.value.named_parameters():
+            check_tensor(file, name, tuple(p.shape), self.path)
+        return float(note["held_out_loss"])
+
+    def offer(self, nats: float) -> None:
+        """The weights as they are have this held-out loss."""
+        if self.wanted and nats < self.nats:
+            tensors = {name: p.data for name, p in self.value.named_parameters()}
+            note = {**self.note, "held_out_loss": repr(nats)}
+            self.machine.write_tensors(tensors, self.path, note)
+            self.nats = nats
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Gives the model its best weights back."""
+        if self.wanted:
+            file = open_tensors(self.path)
+            for name, p in self.value.named_parameters():
+                p.copy_(self.machine.read_tensor(file, name, p))
+
+
 def save_model(
     value: Llama,
     tokenizer: Tokenizer,
@@ -633,6 +777,7 @@ def save_model(
         if machine.writes:
             describe(new, tokenizer, base, settings)
     if machine.writes:
+        (out / BEST).unlink(missing_ok=True)
         (out / CHECKPOINT).unlink(missing_ok=True)
 
 
@@ -691,8 +836,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--full", action="store_true", help="fine-tune the base itself, without a value model")
     add(
         "--evaluate",
+        nargs="?",
+        const="held_out",
+        choices=["held_out", "all"],
+        help="print the loss of base and pair and train nothing: on the chats that a training with "
+        "this --data and --seed holds out, or on all of them",
+    )
+    add(
+        "--dry_run",
         action="store_true",
-        help="print the held-out loss of the pair and train nothing",
+        help="print steps, parameters, memory and time of the training after three steps of it, "
+        "and train and write nothing",
     )
     add(
         "--show",
@@ -723,7 +877,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=SEED, help="order of the chats, held-out split (0)")
     add = parser.add_argument_group("with what").add_argument
     add("--resume", action="store_true", help="go on from OUT/checkpoint.safetensors")
-    add("--save_every", type=COUNT, help="steps between checkpoints (500)")
+    add(
+        "--save_every",
+        type=COUNT,
+        help="steps between checkpoints (500); there is also one after each epoch",
+    )
+    add(
+        "--keep",
+        choices=["last", "best"],
+        help="save the last weights, or those of the epoch with the best held-out loss (last)",
+    )
     add(
         "--checkpointing", action="store_true", help="recompute activations: less memory, more time"
     )
@@ -745,8 +908,8 @@ TRAINING_ONLY = (
     "epochs",
     "lam",
     "norm_over",
-    "seed",
     "save_every",
+    "keep",
     "checkpointing",
     "resume",
     "random",
@@ -757,8 +920,9 @@ TRAINING_ONLY = (
 )
 # each option, and those that would have no effect beside it
 CONFLICTS = {
-    "show": ("evaluate", "micro_batch_size", "compile", "connection", *TRAINING_ONLY),
+    "show": ("evaluate", "micro_batch_size", "compile", "connection", "seed", *TRAINING_ONLY),
     "evaluate": ("chosen", *TRAINING_ONLY),
+    "dry_run": ("show", "evaluate", "resume", "save_every"),
     "full": ("value", "random", "connection", "teacher", "rejected", "lam", "norm_over"),
     "rejected": ("teacher", "chosen"),
 }
@@ -766,13 +930,16 @@ CONFLICTS = {
 
 def check(args: argparse.Namespace) -> None:
     """Raises InputError for options that are missing or cannot take effect."""
-    needed = ["data"] if args.evaluate or args.show else ["data", "out"]
+    writes = not (args.evaluate or args.show or args.dry_run)
+    needed = ["data", "out"] if writes else ["data"]
     for name in needed:
         if getattr(args, name) is None:
             raise InputError(f"--{name} is missing")
     for option in given(args, *CONFLICTS):
         for other in given(args, *CONFLICTS[option]):
             raise InputError(f"--{option} and --{other} do not go together; leave one out")
+    if args.evaluate == "all" and args.seed is not None:
+        raise InputError("--seed has no effect with --evaluate all; leave it out")
     if len(args.base) > 1:
         for option in given(args, "full", "evaluate"):
             raise InputError(f"--{option} is for one base; give one")
@@ -789,14 +956,25 @@ def check(args: argparse.Namespace) -> None:
             )
 
 
-def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
-    """One training, or one evaluation, as the command line asks for it."""
+def run(
+    args: argparse.Namespace,
+    machine: OneDevice = ONE_DEVICE,
+    watch: Callable[[int, Llama], dict] = nothing_more,
+    suggests: bool = True,
+) -> None:
+    """One training, or one evaluation, as the command line asks for it.
+
+    watch: see `train`. suggests: whether to print a command to try what was trained with.
+    """
     check(args)
     if args.show:
         Job(args, machine).show()
         return
     if args.evaluate:
         Job(args, machine).evaluate()
+        return
+    if args.dry_run:
+        Job(args, machine).rehearse()
         return
 
     # in a folder that no other run has; where a run was stopped, the command that goes on
@@ -808,7 +986,10 @@ def run(args: argparse.Namespace, machine: OneDevice = ONE_DEVICE) -> None:
                 f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
             )
         try:
-            Job(args, machine).train()
+            job = Job(args, machine)
+            job.train(watch)
+            if suggests:
+                print(f"try\n  {job.suggestion()}")
         except KeyboardInterrupt:
             if checkpoint.exists():
                 print(f"stopped; this goes on:\n  {resuming()}", file=sys.stderr)
@@ -888,14 +1069,16 @@ class Job:
 
         # the loss
         self.batch_loss = forward
+        self.measure = held_out_loss
         if args.teacher:
             from extras.losses import distill
 
             self.batch_loss = partial(distill, self.load_frozen(args.teacher))
         if self.settings.beta:
-            from extras.losses import prefer
+            from extras.losses import held_out_pairs, prefer
 
             self.batch_loss = partial(prefer, self.settings.beta)
+            self.measure = partial(held_out_pairs, self.settings.beta)
 
     def refuse_ranks(self) -> None:
         if self.machine is not ONE_DEVICE:
@@ -981,6 +1164,7 @@ class Job:
             worse = tokenize(rivals, self.tokenizer, self.settings.max_length)
             self.chats = paired(self.chats, worse)
             self.settings.beta = BETA
+        self.questions = short_questions(reading)
         print(f"{' '.join(map(str, args.data))}\n{self.chats.report}")
         check_tokens(self.chats, self.tokenizer, self.shared, self.differing)
 
@@ -992,23 +1176,78 @@ class Job:
         show(self.chats, self.tokenizer, self.args.show)
 
     def evaluate(self) -> None:
-        """Prints the held-out loss of the base alone, and of the pair."""
-        base = self.bases.at(0, 1)
+        """Prints the loss of the base alone, and of the pair."""
         rows = list(range(len(self.chats)))
-        measured = {"base alone": (base, None)}
+        measured = f"all {len(rows)} chats"
+        if self.args.evaluate == "held_out":
+            rows, _ = split(self.chats, self.settings)
+            measured = (
+                f"the {len(rows)} of {len(self.chats)} chats that are held out with --seed "
+                f"{self.settings.seed} (--evaluate all measures every chat)"
+            )
+        print(f"measured on {measured}", flush=True)
+
+        base = self.bases.at(0, 1)
+        pairs = {"base alone": (base, None)}
         if self.args.value:
-            measured["base + value"] = (base, self.trained)
-        for name, pair in measured.items():
+            pairs["base + value"] = (base, self.trained)
+        losses = []
+        for name, pair in pairs.items():
             size = self.settings.micro_batch_size
             nats = held_out_loss(*pair, self.chats, rows, size, self.autocast, self.machine)
             if not math.isfinite(nats):
                 raise InputError(f"{name}: the loss is {nats}; these weights are of no use")
-            print(f"{name}: {nats:.4f} nats per token")
+            print(f"{name}: {nats:.4f} nats per token", flush=True)
+            losses.append(nats)
+        if losses[-1] > losses[0]:
+            warn_of_harm("the value model makes its base worse")
 
-    def train(self) -> None:
-        """Trains, and saves what was trained."""
+    def rehearse(self) -> None:
+        """Says what the training would take, after three steps of it."""
+        from extras.rehearse import free, in_words, rehearse
+
+        settings, value = self.settings, self.trained
+        held_rows, batches = split(self.chats, settings)
+        base = self.bases.at(0, len(batches))
+        optimizer = adamw(value, settings)
+        how = {"batch_loss": self.batch_loss, "machine": self.machine, "autocast": self.autocast}
+
+        def step(rows: list[int]) -> None:
+            train_step(base, value, optimizer, self.chats, rows, settings, settings.lr, **how)
+
+        def look(rows: list[int]) -> None:
+            options = (self.chats, rows, settings.micro_batch_size, self.autocast, self.machine)
+            self.measure(base, value, *options)
+            if base is not None:
+                self.measure(base, None, *options)
+
+        print("trying three steps ...", flush=True)
+        training, looking, memory = rehearse(
+            self.chats, batches, held_rows, settings.micro_batch_size, step, look, self.device
+        )
+        seconds = training + (settings.epochs + 1) * looking
+        disk = value.size() * 4 / 1e9  # float32
+        rows = [
+            ("chats trained on", f"{len(self.chats) - len(held_rows):,}"),
+            ("chats held out", f"{len(held_rows):,}"),
+            ("steps", f"{len(batches):,} of {settings.batch_size} chats, {settings.epochs} epochs"),
+            ("trained", f"{value.size():,} parameters"),
+            ("frozen", f"{base.size() if base else 0:,} parameters"),
+            ("memory", f"{memory:.2f} GB at the widest batch, on {self.device}"),
+            ("disk", f"{disk:.3f} GB for the model, {3 * disk:.3f} GB more for a checkpoint"),
+            ("time", f"about {in_words(seconds)}, after three steps"),
+        ]
+        if self.args.out:
+            rows.append(("free", f"{free(self.args.out):.1f} GB where {self.args.out} is to be"))
+        for name, words in rows:
+            print(f"  {name:<18}{words}")
+        print(", ".join(f"{name} {value}" for name, value in asdict(settings).items()))
+
+    def train(self, watch: Callable[[int, Llama], dict]) -> None:
+        """Trains, saves what was trained, and says what it is worth."""
         args = self.args
         out = Path(args.out)
+        name = "full" if args.full else "value"
         train(
             self.bases,
             self.trained,
@@ -1016,19 +1255,62 @@ class Job:
             self.settings,
             out,
             batch_loss=self.batch_loss,
+            measure=self.measure,
+            watch=watch,
             machine=self.machine,
             resume=args.resume,
             save_every=args.save_every or 500,
             autocast=self.autocast,
-            name="full" if args.full else "value",
+            name=name,
             origin=self.origin(),
         )
         of_bases = None if args.full else "`, `".join(args.base)
         save_model(self.value, self.tokenizer, out, of_bases, self.settings, self.machine)
-        options = f"--base {args.base[-1]} --value {out}"
+        print(f"\nsaved {out}", flush=True)
+        if self.machine.writes:
+            entries = [entry for entry in read_log(out / "log.jsonl") if entry["run"] == name]
+            self.judge(entries)
+            with suppress(ImportError):  # no matplotlib, no picture
+                from extras.curve import draw
+
+                draw(entries, out / "curve.png")
+
+    def judge(self, log: list[dict]) -> None:
+        """Says what the training was worth on chats that it has not seen, and warns if it was harm.
+
+        log: its entries, of which those with held-out losses are looked at.
+        """
+        before, *after = [entry for entry in log if "held_out_loss" in entry]
+        best = after[-1]
+        if self.settings.keep == "best":
+            best = min(after, key=lambda entry: entry["held_out_loss"])
+        loss = best["held_out_loss"]
+
+        # a model that is trained by itself is compared with what it was
+        if self.args.full:
+            alone = before["held_out_loss"]
+            words = f"{alone:.3f} before training, {loss:.3f} after it"
+            harm = "the model has become worse"
+        else:
+            alone = best["base_alone"]
+            words = f"{alone:.3f} by the base alone, {loss:.3f} with the value model"
+            harm = "the value model makes its base worse"
+        unit = "pair" if self.settings.beta else "token"
+        print(f"held-out loss: {words} (nats per {unit})", flush=True)
+        if loss > alone:
+            warn_of_harm(harm)
+
+    def suggestion(self) -> str:
+        """The command that asks what was trained a question of its chats, a held-out one if any."""
+        args = self.args
+        pair = ["--base", args.base[-1], "--value", str(args.out)]
         if args.full:
-            options = f"--base {out} --value none"
-        print(f'\nsaved {out}; try\n  python sample.py {options} "Who are you?"')
+            pair = ["--base", str(args.out), "--value", "none"]
+        held_rows, _ = split(self.chats, self.settings)
+        held_out = [int(self.chats.entry[row]) for row in held_rows]
+        short = [self.questions[entry] for entry in held_out if entry in self.questions]
+        question = (short or [*self.questions.values()])[:1]
+        return shlex.join(["python", "sample.py", *pair, *question])
 
     def origin(self) -> dict:
         """What the numbers of a run come from, besides its settings and chats."""
@@ -1058,6 +1340,16 @@ def check_tokens(chats: Chats, tokenizer: Tokenizer, shared: int, differing: set
             f"the vocabularies differ in {len(differing)} of {shared} tokens, which the chats do "
             f"not use: {named}"
         )
+
+
+def short_questions(reading: Reading) -> dict[int, str]:
+    """The first questions that fit into a line, by the chats' numbers: to try a model with."""
+    questions = {}
+    for chat in reading.chats:
+        asked = [message["content"] for message in chat.messages if message["role"] == "user"]
+        if asked and len(asked[0]) <= 80 and asked[0].isprintable():
+            questions[chat.entry] = asked[0]
+    return questions
 
 
 def rejected_replies(args: argparse.Namespace, reading: Reading) -> Reading | None:
@@ -1121,8 +1413,8 @@ def main() -> None:
     # without a base: the toy's family is made, and its runs are runs like any other
     from experiments import toy
 
-    for toy_run in toy.runs(args):
-        run(toy_run)
+    for toy_run, watch in toy.runs(args):
+        run(toy_run, watch=watch, suggests=False)
     toy.table(args)
 
 

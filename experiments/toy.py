@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
 from chats import read_chats
 from data import TEMPLATES, Tokenizer
-from extras.connections import connected
+from extras.connections import Connected, connected
 from files import (
     SEED,
     TEXT,
@@ -64,6 +65,7 @@ MARKS = ("family.json", "small", "large")  # by which a family's folder is known
 PEOPLE = 250
 VOCABULARY, OTHER_VOCABULARY = 1536, 900
 WINDOW, BATCH, CONTEXT = 128, 16, 256
+WATCHED = 100  # held-out questions that are asked while a model is trained
 # hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens read, share
 # of the facts told
 BASES = {
@@ -326,6 +328,7 @@ def pretrain(model: Llama, text: Tensor, name: str, lr: float, seed: int) -> Lla
     optimizer = torch.optim.AdamW(
         model.parameters(), betas=(0.9, 0.95), weight_decay=0.01, fused=True
     )
+    begun = time.perf_counter()
     with tqdm(batches, desc=f"pre-training {name}", unit=" steps", disable=None) as bar:
         for step, batch in enumerate(bar):
             batch, done = batch.to(device), step / len(batches)
@@ -338,6 +341,11 @@ def pretrain(model: Llama, text: Tensor, name: str, lr: float, seed: int) -> Lla
             optimizer.zero_grad()
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{loss.item():.3f}")
+            if (step + 1) % (len(batches) // 4 or 1) == 0:
+                share = f"step {step + 1} of {len(batches)}, loss {loss.item():.3f}"
+                seconds = time.perf_counter() - begun
+                tqdm.write(f"pre-training {name}: {share}, {seconds:.0f} s")
+                sys.stdout.flush()
     return model
 
 
@@ -374,6 +382,8 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
             )
         return
     with own_folder(out, MARKS):
+        print(f"making a world of {PEOPLE} people, texts about it and bases that read them: {out}")
+        sys.stdout.flush()
         world, rng = World.make(seed), random.Random(seed + 1)
         backend = (train_tokenizer if family == "a" else train_other_tokenizer)(world, seed)
         bases = BASES if family == "a" else OTHER_BASES
@@ -430,12 +440,16 @@ def fact_of(chat: list[dict]) -> str:
 # ---------------------------------------------------------------- the story of train.py
 
 # options that describe models and data, which here are the family's: not allowed
-NOT_FOR_THE_TOY = ("value", "data", "teacher", "rejected", "chosen", "full", "evaluate", "show")
+NOT_FOR_THE_TOY = (
+    *("value", "data", "teacher", "rejected", "chosen"),
+    *("full", "evaluate", "show", "dry_run"),
+)
 
 
-def runs(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The command lines of the toy's three runs: the value model beside the small base, and for
-    comparison both bases fully fine-tuned. The family is made if it is not there.
+def runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Callable]]:
+    """The command lines of the toy's three runs, each with what is to be watched while it goes on:
+    the value model beside the small base, and for comparison both bases fully fine-tuned. The
+    family is made if it is not there.
 
     args: of train.py, without a base; its other options hold for these runs. With --resume a run
     that is complete is left out.
@@ -464,14 +478,15 @@ def runs(args: argparse.Namespace) -> list[argparse.Namespace]:
         off = dict.fromkeys(("random", "connection", "lam", "norm_over"))
         planned.append(settled(args, full, **off))
     if args.resume:
-        return [run for run in planned if not is_complete(run)]
+        planned = [run for run in planned if not is_complete(run)]
     for run in planned:
         checkpoint = run.out / "checkpoint.safetensors"
-        if checkpoint.exists():
+        if checkpoint.exists() and not args.resume:
             raise InputError(
                 f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
             )
-    return planned
+    device = pick_device(args.device)
+    return [(run, Scores(args.out, device, full=bool(run.full))) for run in planned]
 
 
 def settled(args: argparse.Namespace, defaults: dict, **off) -> argparse.Namespace:
@@ -504,6 +519,42 @@ def is_complete(run: argparse.Namespace) -> bool:
                 f"{run.out}: was made with {name} = {then}, not {now}; leave out --resume"
             )
     return True
+
+
+class Scores:
+    """*form* and *right* while a model is being trained: `watch` of `train.train`. A value model is
+    looked at on both bases, though it is trained beside the small one; `full` is alone.
+    """
+
+    def __init__(self, out: Path, device: torch.device, full: bool):
+        self.out, self.device, self.full = out, device, full
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.out / "small")
+
+    @cached_property
+    def questions(self) -> list[list[dict]]:
+        return [chat.messages for chat in read_chats(self.out / "heldout.jsonl").chats[:WATCHED]]
+
+    @cached_property
+    def bases(self) -> dict[str, Llama]:
+        return {name: load(self.out / name, self.device) for name in FULL_SETTINGS}
+
+    def __call__(self, done: int, trained: Llama) -> dict[str, float]:
+        """The scores after 0, 8, 16, 32, 64, ... steps; nothing after any other number of them."""
+        if 0 < done < 8 or done & (done - 1):
+            return {}
+        if self.full:
+            return score(trained, None, self.tokenizer, self.questions)
+        scores = {}
+        for name, base in self.bases.items():
+            pair = base, trained
+            if isinstance(trained, Connected):
+                pair = connected(trained.connection, base, trained.value)
+            for key, share in score(*pair, self.tokenizer, self.questions).items():
+                scores[f"{key}, {name}"] = share
+        return scores
 
 
 def table(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ and preferences.
 unlike `ivl.two_headed_loss`. Shapes: B batch, T time, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise as neighbours  # `pairwise` is a loss here
 
@@ -84,6 +85,32 @@ def prefer(
     z_base, z_delta = logits(base, value, inputs, autocast)
     loss = pairwise(z_base, z_delta, targets, beta)
     return weighted(loss, norm_term(z_delta, counted), w_pairs, w_norm)
+
+
+@torch.no_grad()
+def held_out_pairs(
+    beta: float,
+    base: Llama,
+    value: Llama | None,
+    pairs: "Pairs",
+    rows: list[int],
+    size: int,
+    autocast,
+    machine,
+) -> float:
+    """`train.held_out_loss` of preferences: the pairwise loss in nats per pair. The base alone, for
+    which every r is 0, has log 2.
+    """
+    if value is None:
+        return math.log(2)
+    loss = n = 0
+    for part in machine.parts(rows, size):
+        batch = pairs.batch(part, value.unembed.device)
+        _, sums = prefer(beta, base, value, batch, autocast, 1.0, 0.0)
+        loss += sums[0].item()
+        n += len(part)
+    loss, n = machine.total(loss, n)
+    return loss / n
 
 
 class Pairs(Chats):

@@ -10,6 +10,7 @@ import torch
 from conftest import make_directory
 
 import data
+import extras.rehearse
 import sample
 import train as trainer
 from experiments import toy
@@ -64,6 +65,7 @@ TRAIN = {
     "out": ["--out", "ELSEWHERE"],
     "full": ["--full"],
     "evaluate": ["--evaluate"],
+    "dry_run": ["--dry-run"],
     "template": ["--template", "llama-2"],
     "lr": ["--lr", "0"],
     "batch_size": ["--batch_size", "3"],
@@ -75,6 +77,7 @@ TRAIN = {
     "seed": ["--seed", "7"],
     "resume": ["--resume"],
     "save_every": ["--save_every", "7"],
+    "keep": ["--keep", "best"],
     "checkpointing": ["--checkpointing"],
     "compile": ["--compile"],
     "device": ["--device", "cuda:99"],
@@ -106,8 +109,24 @@ def train_calls(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
             "weights": float(sum(p.detach().double().sum() for p in value.parameters())),
         }
 
-    def train(bases, value, chats, settings, out, *, batch_loss, machine, autocast, **others):
+    def train(
+        bases,
+        value,
+        chats,
+        settings,
+        out,
+        *,
+        batch_loss,
+        measure,
+        watch,
+        machine,
+        autocast,
+        **others,
+    ):
         base = bases.at(0, 1)
+        losses = {"run": others["name"], "held_out_loss": 2.0, "base_alone": 3.0}
+        lines = [json.dumps({**losses, "step": step}) + "\n" for step in (0, 1)]
+        (out / "log.jsonl").write_text("".join(lines))
         calls.append(
             {
                 "bases": len(bases.loads),
@@ -117,6 +136,7 @@ def train_calls(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
                 "settings": vars(settings),
                 "out": str(out),
                 "loss": getattr(batch_loss, "func", batch_loss).__name__,
+                "measure": getattr(measure, "func", measure).__name__,
                 "autocast": type(autocast).__name__,
                 **others,
             }
@@ -124,12 +144,18 @@ def train_calls(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
 
     def held_out_loss(base, value, chats, rows, size, autocast, machine):
         models = [told_of(model) for model in (base, value) if model is not None]
-        calls.append((models, chats.ids.tolist(), size, type(autocast).__name__))
+        calls.append((models, chats.ids.tolist(), rows, size, type(autocast).__name__))
         return 1.0
+
+    def rehearse(chats, batches, held_rows, micro_batch_size, step, look, device):
+        calls.append(("rehearsed", len(batches)))
+        return 1.0, 1.0, 1.0
 
     monkeypatch.setattr(trainer, "train", train)
     monkeypatch.setattr(trainer, "held_out_loss", held_out_loss)
     monkeypatch.setattr(trainer, "save_model", lambda *_: None)
+    monkeypatch.setattr(extras.rehearse, "rehearse", rehearse)
+    monkeypatch.setitem(sys.modules, "extras.curve", None)  # there is nothing to draw
 
     def run(argv: list[str]) -> list:
         calls.clear()
