@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,6 +187,32 @@ def run(monkeypatch, capfd):
                 status = end.code
         torch.set_num_threads(threads)
         return Result(status, *capfd.readouterr())
+
+    return runner
+
+
+@pytest.fixture(name="models")
+def own_models(base_dir, value_dir, tmp_path, monkeypatch) -> dict:
+    """Models of this test alone, to be damaged."""
+    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    shutil.copytree(base_dir, tmp_path / "base")
+    shutil.copytree(value_dir, tmp_path / "value")
+    return {"base": tmp_path / "base", "value": tmp_path / "value"}
+
+
+@pytest.fixture
+def train(run, models, chats_file, tmp_path):
+    """train.py with small models: train(epochs=1, full=True)."""
+
+    def runner(**changes):
+        options = {**models, "data": chats_file, "out": tmp_path / "out", "epochs": 1, **changes}
+        words = []
+        for name, word in options.items():
+            if word is True:
+                words.append(f"--{name}")
+            elif word is not None:
+                words += [f"--{name}", word]
+        return run("train.py", *words)
 
     return runner
 

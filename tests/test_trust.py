@@ -23,32 +23,6 @@ from files import InputError
 from model import load
 
 
-@pytest.fixture
-def models(base_dir, value_dir, tmp_path, monkeypatch) -> dict:
-    """Models of this test alone, to be damaged."""
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    shutil.copytree(base_dir, tmp_path / "base")
-    shutil.copytree(value_dir, tmp_path / "value")
-    return {"base": tmp_path / "base", "value": tmp_path / "value"}
-
-
-@pytest.fixture
-def train(run, models, chats_file, tmp_path):
-    """train.py with small models: train(epochs=1, full=True)."""
-
-    def runner(**changes):
-        options = {**models, "data": chats_file, "out": tmp_path / "out", "epochs": 1, **changes}
-        words = []
-        for name, word in options.items():
-            if word is True:
-                words.append(f"--{name}")
-            elif word is not None:
-                words += [f"--{name}", word]
-        return run("train.py", *words)
-
-    return runner
-
-
 def change(path: Path, **fields) -> None:
     """Sets fields of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))

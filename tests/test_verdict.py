@@ -1,0 +1,233 @@
+"""What a training says of itself: its verdict, its best weights, its progress, its rehearsal."""
+
+import json
+import math
+import shlex
+
+import pytest
+import torch
+from conftest import assert_refused
+
+import data
+import train as trainer
+from chats import read_chats
+from extras import rehearse
+from extras.rehearse import padded_tokens
+from model import load
+
+
+def log_of(out, key: str) -> list:
+    lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [entry[key] for entry in lines if key in entry]
+
+
+def losses_of(base_dir, value_dir, chats_file, max_length=256) -> tuple[float, float]:
+    """The held-out losses of the base alone and of the pair, by the plain formula."""
+    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(base_dir), max_length)
+    order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(0))
+    inputs, targets, _ = chats.batch(order[: max(1, round(0.02 * len(chats)))].tolist())
+    z_base, z_delta = (load(directory)(inputs) for directory in (base_dir, value_dir))
+    return tuple(
+        torch.nn.functional.cross_entropy(z.flatten(0, 1), targets.flatten()).item()
+        for z in (z_base, z_base + z_delta)
+    )
+
+
+def test_the_verdict_has_the_losses_of_base_and_pair(train, models, chats_file, tmp_path):
+    result = train(lr=1e-2, epochs=2)
+    assert result.returncode == 0 and "warning" not in result.stderr, result.stderr
+    alone, pair = losses_of(models["base"], tmp_path / "out", chats_file)
+    said = f"held-out loss: {alone:.3f} by the base alone, {pair:.3f} with the value model"
+    assert said in result.stdout and pair < alone
+    assert log_of(tmp_path / "out", "base_alone") == pytest.approx([alone] * 3, abs=1e-4)
+
+
+def test_a_value_model_that_does_harm_is_warned_of(train, tmp_path):
+    result = train(lr=0)  # random weights, untrained
+    assert result.returncode == 0
+    assert "warning: on chats that were held out, the value model makes its base worse" in (
+        result.stderr
+    )
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_full_fine_tuning_is_compared_with_what_it_was(train, models, chats_file, tmp_path):
+    result = train(full=True, value=None, lr=1e-2)
+    before, after = (
+        losses_of(directory, directory, chats_file)[0]
+        for directory in (models["base"], tmp_path / "out")
+    )
+    assert f"held-out loss: {before:.3f} before training, {after:.3f} after it" in result.stdout
+    worse = train(full=True, value=None, lr=1.0, out=tmp_path / "worse")
+    assert "warning: on chats that were held out, the model has become worse" in worse.stderr
+
+
+def test_a_preference_is_judged_by_preferences(train, chats_file, tmp_path):
+    worse = json.loads(chats_file.read_text())
+    for chat in worse:
+        for message in chat["conversations"][1::2]:
+            message["value"] = "It rains."
+    (tmp_path / "worse.json").write_text(json.dumps(worse))
+    result = train(rejected=tmp_path / "worse.json", lr=1e-2, epochs=3)
+    assert result.returncode == 0, result.stderr
+    nats = log_of(tmp_path / "out", "held_out_loss")
+    said = f"0.693 by the base alone, {nats[-1]:.3f} with the value model (nats per pair)"
+    assert said in result.stdout and nats[-1] < math.log(2)
+    assert log_of(tmp_path / "out", "base_alone") == [math.log(2)] * 4
+
+
+# ---------------------------------------------------------------- the best weights
+
+
+def test_the_best_weights_are_kept(train, models, chats_file, tmp_path, monkeypatch):
+    # the held-out losses are made up: the second epoch's is the best
+    nats = iter([3.0, 2.5, 2.0, 2.8, 2.9])
+    real = trainer.held_out_loss
+
+    def measure(base, value, *how):
+        return 4.0 if value is None else next(nats)
+
+    monkeypatch.setattr(trainer, "held_out_loss", measure)
+    result = train(lr=1e-2, epochs=4, keep="best")
+    assert result.returncode == 0, result.stderr
+    assert "4.000 by the base alone, 2.000 with the value model" in result.stdout
+    assert not (tmp_path / "out" / trainer.BEST).exists()
+
+    # the same run, stopped after its second epoch, by hand
+    monkeypatch.setattr(trainer, "held_out_loss", real)
+    kept = []
+
+    def save(checkpoint, step, real=trainer.Checkpoint.save):
+        if step == 2:
+            kept.append([p.detach().clone() for p in checkpoint.value.parameters()])
+
+    monkeypatch.setattr(trainer.Checkpoint, "save", save)
+    train(lr=1e-2, epochs=4, out=tmp_path / "again")
+    best = load(tmp_path / "out").parameters()
+    last = load(tmp_path / "again").parameters()
+    for weight, second, fourth in zip(best, kept[0], last):
+        assert torch.equal(weight, second) and not torch.equal(weight, fourth)
+
+
+def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
+    """Stopped and gone on with, the best file is the one of never having stopped."""
+    nats = {0: 3.0, 1: 2.0, 2: 2.5, 3: 2.8}
+
+    def measuring(first):
+        looks = iter([nats[i] for i in range(first, 4)])
+        return lambda base, value, *how: 4.0 if value is None else next(looks)
+
+    monkeypatch.setattr(trainer, "held_out_loss", measuring(0))
+    assert train(lr=1e-2, epochs=3, keep="best").returncode == 0
+
+    def crash(checkpoint, step, real=trainer.Checkpoint.save):
+        real(checkpoint, step)
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "held_out_loss", measuring(0))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Checkpoint, "save", crash)
+        assert train(lr=1e-2, epochs=3, keep="best", out=tmp_path / "b").returncode == 130
+    best = tmp_path / "b" / trainer.BEST
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "held_out_loss", measuring(3))
+        content = best.read_bytes()
+        best.unlink()
+        refused = train(lr=1e-2, epochs=3, keep="best", out=tmp_path / "b", resume=True)
+        assert_refused(refused, "best.safetensors", "is missing")
+        best.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        refused = train(lr=1e-2, epochs=3, keep="best", out=tmp_path / "b", resume=True)
+        assert_refused(refused, "best.safetensors")
+        best.write_bytes(content)
+        assert_refused(train(lr=1e-2, epochs=3, out=tmp_path / "b", resume=True), "keep")
+    monkeypatch.setattr(trainer, "held_out_loss", measuring(3))
+    resumed = train(lr=1e-2, epochs=3, keep="best", out=tmp_path / "b", resume=True)
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("model.safetensors", "log.jsonl", "README.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert not best.exists()
+
+
+# ---------------------------------------------------------------- progress
+
+
+def test_a_pipe_gets_a_line_for_each_epoch(train):
+    result = train(epochs=3)
+    lines = [line for line in result.stdout.splitlines() if line.startswith("value, epoch")]
+    assert [line.split(":")[0] for line in lines] == [
+        f"value, epoch {i} of 3, step {i} of 3" for i in (1, 2, 3)
+    ]
+    assert all("held_out" in line and "loss" in line for line in lines)
+
+
+def test_what_a_training_says_to_try_is_a_question_of_its_chats(train, run):
+    result = train(lr=1e-2)
+    words = result.stdout.strip().splitlines()[-1].split("sample.py ")[1]
+    *options, question = shlex.split(words)
+    assert question.startswith("Where is the cat ")
+    assert run("sample.py", *options, "--max_new_tokens", 3, question).returncode == 0
+
+
+# ---------------------------------------------------------------- what it would take
+
+
+def test_a_rehearsal_tells_and_writes_nothing(train, models, chats_file, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    train(show=1, value=None, out=None, epochs=None)  # fills the cache, which stays
+    before = sorted(tmp_path.rglob("*"))
+    result = train(dry_run=True, epochs=5, batch_size=4, lr=1e-2)
+    assert result.returncode == 0, result.stderr
+    told = dict(line.strip().split("  ", 1) for line in result.stdout.splitlines() if "  " in line)
+    told = {name: words.strip() for name, words in told.items()}
+    assert told["chats trained on"] == "23" and told["chats held out"] == "1"
+    assert told["steps"] == "30 of 4 chats, 5 epochs"
+    sizes = [f"{load(models[name]).size():,} parameters" for name in ("value", "base")]
+    assert [told["trained"], told["frozen"]] == sizes
+    assert "GB" in told["memory"] and "about" in told["time"] and "free" in told
+    assert sorted(tmp_path.rglob("*")) == before
+    # it does not need the folder, and a real run after it is not disturbed
+    assert train(dry_run=True, out=None).returncode == 0
+    assert train().returncode == 0
+
+
+def test_a_rehearsal_counts_padding_and_tries_narrow_and_wide(base_dir, chats_file, monkeypatch):
+    """The time is per padded token: here each takes a second."""
+    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(base_dir), 256)
+    settings = trainer.Settings(1e-2, 4, 2, 3, 256, 0.0, "response")
+    held_rows, batches = trainer.split(chats, settings)
+    by_hand = [
+        sum(chats.batch(rows[i : i + 2])[0].numel() for i in range(0, len(rows), 2))
+        for rows in batches
+    ]
+    assert [padded_tokens(chats, rows, 2) for rows in batches] == by_hand
+
+    clock, tried = [0.0], []
+    monkeypatch.setattr(rehearse.time, "perf_counter", lambda: clock[0])
+
+    def work(rows):
+        tried.append(rows)
+        clock[0] += padded_tokens(chats, rows, 2)
+
+    training, looking, _ = rehearse.rehearse(
+        chats, batches, held_rows, 2, work, work, torch.device("cpu")
+    )
+    assert training == pytest.approx(sum(by_hand))
+    assert looking == pytest.approx(padded_tokens(chats, held_rows, 2))
+    assert padded_tokens(chats, tried[0], 2) == max(by_hand) and len(tried) == 4
+
+
+# ---------------------------------------------------------------- measuring a pair
+
+
+def test_an_evaluation_says_what_it_measures(train, models, chats_file):
+    measure = {"out": None, "epochs": None}
+    held = train(evaluate=True, **measure)
+    alone, pair = losses_of(models["base"], models["value"], chats_file)
+    assert "the 1 of 24 chats that are held out with --seed 0" in held.stdout
+    assert f"base alone: {alone:.4f}" in held.stdout and f"base + value: {pair:.4f}" in held.stdout
+    assert ("warning: on chats that were held out" in held.stderr) == (pair > alone)
+    every = train(evaluate="all", **measure)
+    assert "measured on all 24 chats" in every.stdout and every.stdout != held.stdout
+    assert train(evaluate=True, seed=4, **measure).stdout != held.stdout
+    assert_refused(train(evaluate="all", seed=4, **measure), "--seed has no effect")
