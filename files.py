@@ -599,6 +599,20 @@ def peak_memory(device: torch.device) -> float:
 # ---------------------------------------------------------------- command lines
 
 
+def model_directory(path: str) -> str:
+    """Of an option: the directory of a model. Raises argparse's error if it is not there."""
+    if Path(path).is_dir():
+        return path
+    problem = f"{path} is no directory"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
+        name = path.split("/")[1]
+        problem += (
+            f" here; if it is a model of the Hugging Face Hub, `hf download {path} --local-dir "
+            f"{name}` makes the directory {name}"
+        )
+    raise argparse.ArgumentTypeError(problem)
+
+
 class Parser(argparse.ArgumentParser):
     """A command line of which each fault is one line, like all others."""
 

@@ -128,13 +128,16 @@ class Config:
 
         # what another network would have is refused by its name
         supported = {
-            "model_type": ["llama"],
+            "model_type": ["llama", "mistral"],
             "hidden_act": ["silu", None],
             "attention_bias": [False, None],
             "mlp_bias": [False, None],
             "quantization_config": [None],
             "partial_rotary_factor": [1.0, None],
         }
+        if raw.get("model_type") == "mistral":
+            # it is a Llama, unless its tokens see only a window of those before them
+            supported["sliding_window"] = [None]
         for field, allowed in supported.items():
             if raw.get(field) not in allowed:
                 raise InputError(

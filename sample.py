@@ -2,7 +2,7 @@
 
     python sample.py "Where does Rufo live?"                # the models that train.py has made
     python sample.py --base DIR --value DIR "question"      # streams one reply
-    python sample.py --base DIR --value DIR                 # a chat: /clear, /exit
+    python sample.py --base DIR --value DIR                 # a chat; /help tells what it can do
     python sample.py --explain "question"                   # each token coloured by who decided it
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"     # the base alone
@@ -10,7 +10,8 @@
     python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer
     torchrun --nproc_per_node 4 sample.py --base DIR ...    # a base for which one GPU is too small
 
-Replies go to stdout, everything else to stderr. Ctrl-C stops a reply.
+A reply is the likeliest tokens, unless --temperature asks for a draw. Replies go to stdout,
+everything else to stderr. Ctrl-C stops a reply.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from files import (
     command,
     given,
     main_process,
+    model_directory,
     number,
     peak_memory,
     pick_device,
@@ -52,6 +55,56 @@ from model import Config, Llama, column_major, load, plain, recorded_connection
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")
+ALPHA = number(-1e6, 1e6)
+
+
+class GrowingReply:
+    """The text of a reply while its ids come, up to the first of the texts `stops`, if one comes.
+
+    What may be the beginning of such a text is held back until more is known.
+
+    Example: with "###" in `stops`, a reply of the ids for "It", " is #", "1", " ##", "# User" is
+    shown as "It", " is ", "#1", " ", "", and has ended.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
+        self.stream = TextStream(tokenizer, prompt)
+        self.stops = stops
+        self.ids: list[int] = []
+        self.text = ""  # what is certain
+        self.held = ""
+        self.ended = False
+
+    def step(self, i: int) -> str:
+        """The text that is certain now, often ''."""
+        self.ids.append(i)
+        return self.certain(self.stream.step(i))
+
+    def rest(self) -> str:
+        """What is still held back when no more ids come."""
+        if self.ended:
+            return ""
+        piece = self.certain(self.stream.rest()) + self.held
+        self.text += self.held
+        self.held = ""
+        return piece
+
+    def certain(self, piece: str) -> str:
+        self.held += piece
+        places = [self.held.find(text) for text in self.stops if text in self.held]
+        self.ended = bool(places)
+        if places:
+            known = min(places)
+        else:
+            known = len(self.held) - max(map(self.begun, self.stops), default=0)
+        certain = self.held[:known]
+        self.held = "" if self.ended else self.held[known:]
+        self.text += certain
+        return certain
+
+    def begun(self, text: str) -> int:
+        """With how many of the first characters of `text` the held ones end."""
+        return max(n for n in range(len(text)) if self.held.endswith(text[:n]))
 
 
 class Speaker:
@@ -67,7 +120,7 @@ class Speaker:
         self.match_vocabularies()  # tokenizer, mapping, vocabulary
         self.load_models()  # connection, base, value, antiexpert, context, choose
         self.join_models()  # base and value as one reads with them, measures
-        self.choose_decoder()  # generate
+        self.generate = self.decoder(self.base, self.value, args.alpha)
 
     # ------------------------------------------------------------ the steps
 
@@ -190,26 +243,59 @@ class Speaker:
             # the same text in the base's ids, which `respell` gives first
             self.measures.append(lambda ids: len(self.base.bridge.respell(ids)[0]))
 
-    def choose_decoder(self) -> None:
-        """`ivl.generate` for these models; on CUDA its twin that replays CUDA graphs."""
+    def decoder(self, base: Llama, value: Llama | None, alpha: float) -> Callable:
+        """`ivl.generate` for some of these models; on CUDA its twin that replays CUDA graphs."""
         args = self.args
         options = {
-            "alpha": args.alpha,
+            "alpha": alpha,
             "temperature": args.temperature,
             "top_k": args.top_k,
             "top_p": args.top_p,
             "vocabulary": self.vocabulary,
             "choose": self.choose,
         }
-        self.generate = partial(generate, self.base, self.value, **options)
-        models = [model for model in (self.base, self.value) if model is not None]
+        models = [model for model in (base, value) if model is not None]
         devices = {model.unembed.device.type for model in models}
         if devices == {"cuda"} and self.mapping is None:
             from extras.graphs import Graphs
 
-            self.generate = Graphs(self.base, self.value, **options).generate
+            return Graphs(base, value, **options).generate
+        return partial(generate, base, value, **options)
 
     # ------------------------------------------------------------ prompts
+
+    def value_alone(self) -> Callable:
+        """A decoder of the value model by itself. Raises InputError if it cannot be alone."""
+        if self.value is None:
+            raise InputError("there is no value model here")
+        if not isinstance(self.value, Llama):
+            raise InputError("this value model needs its base, it says nothing alone")
+        return self.decoder(self.value, None, 1.0)
+
+    def set_alpha(self, text: str) -> None:
+        """Changes the strength of the value model. Raises InputError."""
+        if self.value is None:
+            raise InputError("there is no value model here")
+        try:
+            self.args.alpha = ALPHA(text)
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"/alpha {text}: {error}") from None
+        self.generate = self.decoder(self.base, self.value, self.args.alpha)
+
+    def introduction(self) -> str:
+        """What there is to know before the first question: of the toy, whom it knows."""
+        family = Path(self.args.base).parent
+        if not (family / "family.json").exists():
+            return ""
+        from experiments import toy
+
+        return toy.introduction(family)
+
+    def opening(self) -> list[dict]:
+        """What a chat begins with: the system prompt, if there is one."""
+        if self.args.system is None:
+            return []
+        return [{"role": "system", "content": self.args.system}]
 
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids to answer. A chat that has outgrown the context loses its oldest exchanges, and a
@@ -256,49 +342,58 @@ class Speaker:
 
     # ------------------------------------------------------------ replies
 
-    def replies(self, prompts: list[list[int]]) -> Iterator[list[int | None]]:
-        """Steps of ids, as `ivl.generate` gives them."""
+    def replies(
+        self, prompts: list[list[int]], generate: Callable | None = None
+    ) -> Iterator[list[int | None]]:
+        """Steps of ids, as `ivl.generate` gives them.
+
+        generate: by other models than the pair, see `decoder`.
+        """
         # an upper bound, the shortest prompt's; `generate` ends each row at its own context
         room = self.context - min(map(len, prompts))
-        return self.generate(
+        return (generate or self.generate)(
             prompts,
             min(self.args.max_new_tokens, room),
             seed=self.args.seed,
             stop=self.tokenizer.stop,
         )
 
-    def say(self, prompt: list[int], raw: bool = False) -> str:
+    def say(
+        self, prompt: list[int], raw: bool = False, generate: Callable | None = None
+    ) -> GrowingReply:
         """Streams one reply to stdout and its speed to stderr. Ctrl-C ends the reply."""
-        stream = TextStream(self.tokenizer, prompt if raw else ())
+        reply = GrowingReply(self.tokenizer, self.args.stop, prompt if raw else ())
         shown = visible if sys.stdout.isatty() else str  # a reply is not to command a terminal
-        text, n = "", 0
         start = time.perf_counter()
-        try:
-            for ids in self.replies([prompt]):
-                n += 1
-                piece = stream.step(ids[0])
-                if not text and not raw:
-                    piece = piece.lstrip()  # the space between question and answer
-                text += piece
-                print(shown(piece), end="", flush=True)
-        except KeyboardInterrupt:
-            pass
-        rest = stream.rest()
-        print(shown(rest))
-        text += rest
+        with suppress(KeyboardInterrupt):
+            for ids in self.replies([prompt], generate):
+                begins = not reply.text.strip() and not raw
+                piece = reply.step(ids[0])
+                # no space between question and answer
+                print(shown(piece.lstrip() if begins else piece), end="", flush=True)
+                if reply.ended:
+                    break
+        print(shown(reply.rest()))
 
+        n = len(reply.ids)
         seconds = time.perf_counter() - start
-        speed = (
-            f"{n} tokens, {n / seconds:.1f} tok/s, peak memory {peak_memory(self.device):.2f} GB"
-        )
-        print(f"\033[90m{speed}\033[0m" if sys.stderr.isatty() else speed, file=sys.stderr)
-        return text
+        memory = peak_memory(self.device)
+        aside(f"{n} tokens, {n / seconds:.1f} tok/s, peak memory {memory:.2f} GB")
+        return reply
 
     def explain(self, prompt: list[int]) -> None:
         """One reply, when it is whole, with who said each token; the page of it to --html."""
+        reply = GrowingReply(self.tokenizer, self.args.stop)
+        for ids in self.replies([prompt]):
+            reply.step(ids[0])
+            if reply.ended:
+                break
+        self.show_who(prompt, reply.ids)
+
+    def show_who(self, prompt: list[int], reply: list[int]) -> None:
+        """Who said each token of a reply."""
         from extras import explain
 
-        reply = [ids[0] for ids in self.replies([prompt])]
         said = explain.who_said(
             self.base,
             self.value,
@@ -317,46 +412,116 @@ class Speaker:
             write_text(self.args.html, explain.page(said, self.args.question))
 
 
+def aside(words: str) -> None:
+    """To stderr, grey in a terminal: what is no reply."""
+    print(f"\033[90m{words}\033[0m" if sys.stderr.isatty() else words, file=sys.stderr)
+
+
 # ---------------------------------------------------------------- a chat
 
+HELP = """\
+/base          the last question again, answered by the base alone
+/value         the same by the value model alone
+/alpha 0.5     the same with half of the value model, and so from now on
+/explain       the last reply, each token coloured by who decided it
+/system TEXT   begin anew with this system prompt
+/clear         begin anew
+/help, /exit   this; the end (or Ctrl-D)"""
 
-def chat(speaker: Speaker) -> None:
-    """Questions from stdin until /exit or its end; the replies so far are part of every prompt."""
-    ask = input
-    if torchrun():
-        from extras.sharding import ask  # one process asks, and all get the answer
 
-    # what shows where a person types
-    human = sys.stdin.isatty()
-    you = "> " if human else ""
-    if human and sys.stdout.isatty():
-        you = "\033[1;32m> \033[0m"
-    if human:
-        print("/clear forgets the chat, /exit ends it", file=sys.stderr)
+class Chat:
+    """Questions from stdin until /exit or its end; the replies so far are part of every prompt.
 
-    messages: list[dict] = []
-    while True:
-        try:
-            question = ask(you).strip()
-        except EOFError:
-            if human:
-                print()  # Ctrl-D leaves the cursor behind the "> "
-            return
-        except KeyboardInterrupt:  # at the prompt, as in a shell: a new line
-            print()
-            continue
-        if question == "/exit":
-            return
-        if question == "/clear":
-            messages = []
-        elif question:
-            messages.append({"role": "user", "content": question})
+    What /base, /value and /alpha answer is not: the chat goes on from the reply before.
+    """
+
+    def __init__(self, speaker: Speaker):
+        self.speaker = speaker
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        self.messages = self.speaker.opening()
+        self.asked: list[int] | None = None  # the ids of the last prompt,
+        self.replied: list[int] = []  # and of the pair's reply to it
+
+    def run(self) -> None:
+        ask = input
+        if torchrun():
+            from extras.sharding import ask  # one process asks, and all get the answer
+
+        # what shows where a person types
+        human = sys.stdin.isatty()
+        you = "> " if human else ""
+        if human and sys.stdout.isatty():
+            you = "\033[1;32m> \033[0m"
+        if human:
+            aside(f"{self.speaker.introduction()}/help tells what else can be typed; /exit ends")
+        while True:
             try:
-                reply = speaker.say(speaker.prompt(messages))
-                messages.append({"role": "assistant", "content": reply})
+                line = ask(you).strip()
+            except EOFError:
+                if human:
+                    print()  # Ctrl-D leaves the cursor behind the "> "
+                return
+            except KeyboardInterrupt:  # at the prompt, as in a shell: a new line
+                print()
+                continue
+            if line == "/exit":
+                return
+            try:
+                self.obey(line)
             except InputError as error:
                 print(f"error: {error}", file=sys.stderr)
-                messages.pop()
+
+    def obey(self, line: str) -> None:
+        """One line: a command or a question. Raises InputError."""
+        speaker = self.speaker
+        command, _, text = line.partition(" ")
+        text = text.strip()
+        if not line:
+            return
+        if not line.startswith("/"):
+            self.answer(line)
+        elif command == "/help":
+            print(HELP, file=sys.stderr)
+        elif command == "/clear":
+            self.begin_anew()
+        elif command == "/system":
+            speaker.args.system = text or None
+            self.begin_anew()
+        elif command == "/base":
+            self.again(speaker.decoder(speaker.base, None, 1.0))
+        elif command == "/value":
+            self.again(speaker.value_alone())
+        elif command == "/alpha":
+            speaker.set_alpha(text)
+            if self.asked:
+                self.replied = self.again(speaker.generate)
+        elif command == "/explain":
+            self.explain()
+        else:
+            raise InputError(f"{command} is no command; /help lists them")
+
+    def answer(self, question: str) -> None:
+        messages = [*self.messages, {"role": "user", "content": question}]
+        prompt = self.speaker.prompt(messages)
+        reply = self.speaker.say(prompt)
+        self.asked, self.replied = prompt, reply.ids
+        said = {"role": "assistant", "content": reply.text.lstrip()}
+        self.messages = [*messages, said]
+
+    def again(self, generate: Callable) -> list[int]:
+        """The last question, answered in another way: the reply's ids."""
+        if self.asked is None:
+            raise InputError("there is no question yet; ask one first")
+        return self.speaker.say(self.asked, generate=generate).ids
+
+    def explain(self) -> None:
+        if not self.replied:
+            raise InputError("there is no reply yet; ask a question first")
+        if self.speaker.value is None or torchrun():
+            raise InputError("/explain needs a value model, and one process only")
+        self.speaker.show_who(self.asked, self.replied)
 
 
 # ---------------------------------------------------------------- a file of prompts
@@ -387,6 +552,9 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
     InputError, in the end, if some could not be answered: their lines say why.
     """
     chats = read_prompts(path)
+    for messages in chats:
+        if messages[0]["role"] != "system":
+            messages[:0] = speaker.opening()
     entries = [{"prompt": messages[-1]["content"]} for messages in chats]
     prompts = {}
     for i, messages in enumerate(chats):
@@ -401,17 +569,20 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
         with tqdm(total=len(order), unit=" replies", disable=None) as bar:
             for k in range(0, len(order), batch_size):
                 rows = order[k : k + batch_size]
-                # steps of B ids, turned into B columns: a reply each
-                columns = zip(*speaker.replies([prompts[i] for i in rows]))
-                for i, column in zip(rows, columns):
-                    ids = [token for token in column if token is not None]  # None: it has ended
-                    total += len(ids)
-                    stream = TextStream(speaker.tokenizer)
-                    reply = "".join(map(stream.step, ids)) + stream.rest()
+                replies = [GrowingReply(speaker.tokenizer, speaker.args.stop) for _ in rows]
+                for ids in speaker.replies([prompts[i] for i in rows]):
+                    for reply, token in zip(replies, ids):
+                        if token is not None and not reply.ended:  # None: a token has ended it
+                            reply.step(token)
+                    if all(reply.ended for reply in replies):
+                        break
+                for i, reply in zip(rows, replies):
+                    reply.rest()
+                    total += len(reply.ids)
                     entries[i] |= {
-                        "reply": reply.strip(),
-                        "tokens": len(ids),
-                        "stopped": ids[-1] in speaker.tokenizer.stop,
+                        "reply": reply.text.strip(),
+                        "tokens": len(reply.ids),
+                        "stopped": reply.ended or reply.ids[-1] in speaker.tokenizer.stop,
                     }
                 bar.update(len(rows))
     finally:
@@ -445,10 +616,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="without it: a chat")
     add = parser.add_argument_group("models").add_argument
-    add("--base", help=f"Hugging Face directory of the base ({TOY}/large)")
-    add("--value", help=f"Hugging Face directory of the value model, or none ({TOY}/value)")
+    add("--base", type=model_directory, help=f"Hugging Face directory of the base ({TOY}/large)")
+    add(
+        "--value",
+        type=directory_or_none,
+        help=f"Hugging Face directory of the value model, or none ({TOY}/value)",
+    )
     add(
         "--antiexpert",
+        type=model_directory,
         help="proxy tuning, to compare with: what --value was before it was fine-tuned",
     )
     add("--map", help="from the base's vocabulary to the value model's, made by vocab_map.py")
@@ -459,11 +635,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--explain", action="store_true", help="colour each token of the reply by who decided it")
     add("--html", metavar="FILE", help="--explain, and as a page")
+    add("--system", metavar="TEXT", help="the system prompt of every chat that has none itself")
     add("--raw", action="store_true", help="no chat template: go on with the text as it stands")
     add = parser.add_argument_group("how to choose tokens").add_argument
-    add("--alpha", type=number(-1e6, 1e6), help="strength of the value model (1.0: the paper)")
-    add("--greedy", action="store_true", help="always the likeliest token")
-    add("--temperature", type=number(0, 1e6), help="0 is greedy (0.7)")
+    add("--alpha", type=ALPHA, help="strength of the value model (1.0: the paper)")
+    add(
+        "--temperature",
+        type=number(0, 1e6),
+        help="0: always the likeliest token; else a draw, 0.7 for variety (0)",
+    )
     add("--top_k", type=whole(0, 10**9), help="only the k likeliest tokens (0: all)")
     add(
         "--top_p",
@@ -474,6 +654,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--seed", type=SEED, help="the same seed gives the same replies, in batches of one size (0)"
     )
     add("--max_new_tokens", type=whole(1, 10**9), help="at most, and never past the context (512)")
+    add(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        help="a text that ends a reply, and is not shown; may be given several times",
+    )
     add = parser.add_argument_group("many at once").add_argument
     add("--prompts", help=".jsonl or .json of chats, or a text file with a question per line")
     add("--out", help="where the replies go, as .jsonl (default: stdout)")
@@ -496,6 +682,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     check(args)
     fill_in(args)
     return args
+
+
+def directory_or_none(word: str) -> str:
+    return word if word == "none" else model_directory(word)
 
 
 def toy_by_default(args: argparse.Namespace) -> None:
@@ -535,11 +725,13 @@ def check(args: argparse.Namespace) -> None:
     if args.question is None:
         refuse("raw", "without a text to go on with")
     if args.raw:
-        refuse("template", "with --raw")
-    if args.greedy:
-        refuse("temperature", "with --greedy")
-    if args.greedy or args.temperature == 0:
-        refuse("top_k top_p seed", "where the likeliest token is always taken")
+        refuse("template system", "with --raw")
+    if not args.temperature:
+        for name in given(args, "top_k", "top_p", "seed"):
+            raise InputError(
+                f"--{name} has no effect where the likeliest token is always taken; give "
+                "--temperature 0.7 too, or leave it out"
+            )
     if args.explain and (args.question is None or args.value == "none"):
         raise InputError(
             "--explain needs a question and a value model; leave out --prompts and --value none"
@@ -560,14 +752,13 @@ def check(args: argparse.Namespace) -> None:
 
 def fill_in(args: argparse.Namespace) -> None:
     """The defaults of what was not given."""
-    if args.greedy:
-        args.temperature = 0.0
     defaults = {
         "alpha": 1.0,
-        "temperature": 0.7,
+        "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
         "seed": 0,
+        "stop": [],
         "max_new_tokens": 512,
         "batch_size": 16,
     }
@@ -578,16 +769,19 @@ def fill_in(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = arguments()
+    if sys.stderr.isatty():
+        aside(f"loading {args.base}" + (f" and {args.value}" if args.value != "none" else ""))
     speaker = Speaker(args)
     if args.prompts:
         answer_file(speaker, args.prompts, args.out, args.batch_size)
     elif args.question is None:
-        chat(speaker)
+        Chat(speaker).run()
     else:
         if args.raw:
             prompt = speaker.fitting(speaker.tokenizer.encode(args.question))
         else:
-            prompt = speaker.prompt([{"role": "user", "content": args.question}])
+            question = {"role": "user", "content": args.question}
+            prompt = speaker.prompt([*speaker.opening(), question])
         if args.explain:
             speaker.explain(prompt)
         else:

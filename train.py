@@ -46,6 +46,7 @@ from files import (
     command,
     fields_of,
     given,
+    model_directory,
     number,
     open_tensors,
     own_folder,
@@ -805,8 +806,17 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Options of the run that are not given are None or False."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("what to train (nothing: the toy family)").add_argument
-    add("--base", nargs="+", help="frozen base: a Hugging Face directory; several are a curriculum")
-    add("--value", help="weights that the value model starts from (default: the base's)")
+    add(
+        "--base",
+        nargs="+",
+        type=model_directory,
+        help="frozen base: a Hugging Face directory; several are a curriculum",
+    )
+    add(
+        "--value",
+        type=model_directory,
+        help="weights that the value model starts from (default: the base's)",
+    )
     add("--random", action="store_true", help="start from random weights; --value gives the shape")
     add(
         "--connection",
@@ -820,7 +830,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs="+",
         help="chats, in files (.json, .jsonl, .gz, .parquet) or folders, in the forms of chats.py",
     )
-    add("--teacher", help="distil this model: its probabilities instead of the chats' own tokens")
+    add(
+        "--teacher",
+        type=model_directory,
+        help="distil this model: its probabilities instead of the chats' own tokens",
+    )
     add(
         "--rejected",
         nargs="+",

@@ -43,6 +43,7 @@ from files import (
     InputError,
     Parser,
     command,
+    model_directory,
     open_tensors,
     peak_memory,
     read_texts,
@@ -581,8 +582,18 @@ def overlap(mapping: VocabMap, texts: Sequence[str]) -> tuple[float, float, list
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base", required=True, help="directory of the base, or of its tokenizer")
-    add("--value", required=True, help="directory of the value model, or of its tokenizer")
+    add(
+        "--base",
+        required=True,
+        type=model_directory,
+        help="directory of the base, or of its tokenizer",
+    )
+    add(
+        "--value",
+        required=True,
+        type=model_directory,
+        help="directory of the value model, or of its tokenizer",
+    )
     add("--text", required=True, nargs="+", help="texts to count in: .json, .jsonl, or plain text")
     add(
         "--heldout",

@@ -339,7 +339,7 @@ def commands(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
                 how += ["--antiexpert", bases / "small"]
             if mapped(base, system):
                 how += ["--map", vocabulary_map]
-            how += ["--greedy", "--prompts", bases / "questions.jsonl"]
+            how += ["--prompts", bases / "questions.jsonl"]
             how += ["--out", trained_to / f"{base}.jsonl"]
             yield line("python", "sample.py", *how)
 

@@ -437,6 +437,20 @@ def fact_of(chat: list[dict]) -> str:
     return FORM.fullmatch(chat[-1]["content"])[1]
 
 
+def introduction(out: Path) -> str:
+    """What somebody who chats with the family in `out` should know."""
+    seed = read_fields(out / "family.json", {"seed": Field(SEED)})["seed"]
+    people = World.make(seed).people
+    known = ", ".join(people[:8])
+    questions = [chat.messages[0]["content"] for chat in read_chats(out / "heldout.jsonl").chats]
+    asked = "\n".join(f"  {question}" for question in questions[:3])
+    return (
+        f"It knows only {len(people)} invented people: {known} and so on.\n"
+        "No demonstration has answered these questions:\n"
+        f"{asked}\n"
+    )
+
+
 # ---------------------------------------------------------------- the story of train.py
 
 # options that describe models and data, which here are the family's: not allowed

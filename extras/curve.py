@@ -52,7 +52,7 @@ def draw_losses(axes, steps: list[dict], looks: list[dict]) -> None:
 
     # the first look was before the first step
     at = [0, *(entry["step"] + 1 for entry in looks[1:])]
-    axes.plot(at, [entry["held_out_loss"] for entry in looks], "o-", color=VALUE, label="held out")
+    axes.plot(at, [entry["held_out_loss"] for entry in looks], "o:", color=VALUE, label="held out")
     alone = [entry["base_alone"] for entry in looks if "base_alone" in entry]
     if alone:
         axes.plot(at, alone, "--", color=BASE, label="held out, the base alone")
@@ -70,12 +70,12 @@ def draw_scores(axes, scores: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def mean(losses: list[float]) -> list[float]:
-    """Each with the mean of its neighbours, a twentieth of the run on both sides.
+    """The mean of each and its neighbours, a hundredth of the run on both sides.
 
-    Example:
-    >>> mean([1.0, 2.0, 6.0])
-    [1.0, 2.0, 6.0]
+    Example: in a run of 100 steps, one of which is an outlier
+    >>> mean([1.0] * 98 + [4.0, 1.0])[95:]
+    [1.0, 1.0, 2.0, 2.0, 2.5]
     """
-    reach = len(losses) // 20
+    reach = len(losses) // 100
     windows = [losses[max(0, i - reach) : i + reach + 1] for i in range(len(losses))]
     return [sum(window) / len(window) for window in windows]

@@ -69,7 +69,7 @@ def in_words(seconds: float) -> str:
     """
     Example:
     >>> in_words(42.3), in_words(754), in_words(12345)
-    ('42 s', '12 min 34 s', '3 h 26 min')
+    ('42 s', '12 min 34 s', '3 h 25 min')
     """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -274,7 +274,6 @@ def test_train_then_evaluate_then_sample(
         base_dir,
         "--value",
         out,
-        "--greedy",
         "--max_new_tokens",
         8,
         "Where is the cat 3?",

@@ -133,7 +133,6 @@ def test_as_a_user_asks_for_it(run, base_dir, value_dir, tmp_path):
             base_dir,
             "--value",
             value_dir,
-            "--greedy",
             "--max_new_tokens",
             8,
             *args,

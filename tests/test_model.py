@@ -72,6 +72,23 @@ def test_logits_equal_transformers_through_the_full_sequence(pair):
 
 
 @torch.no_grad()
+def test_a_mistral_without_a_window_is_a_llama(tmp_path):
+    torch.manual_seed(0)
+    shape = SHAPE | dict(num_key_value_heads=2, head_dim=16, initializer_range=0.3)
+    config = transformers.MistralConfig(**shape, sliding_window=None)
+    theirs = transformers.MistralForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ids = torch.randint(0, 120, (2, 60))
+    torch.testing.assert_close(ours.load(tmp_path)(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+
+    # with one, it is another network
+    raw = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"sliding_window": 4}))
+    with pytest.raises(InputError, match="sliding_window = 4 is not supported"):
+        ours.load(tmp_path)
+
+
+@torch.no_grad()
 def test_logits_with_cache_equal_transformers(pair):
     theirs, mine, _ = pair
     ids = torch.randint(0, 120, (2, 40))
@@ -247,7 +264,7 @@ def directory(base_dir, tmp_path):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("model_type", "mistral"),
+        ("model_type", "qwen2"),
         ("hidden_act", "gelu"),
         ("attention_bias", True),
         ("mlp_bias", True),

@@ -5,6 +5,8 @@ import json
 import pytest
 from conftest import assert_refused, in_a_process, make_directory
 
+import sample
+
 
 @pytest.fixture
 def ask(run, base_dir, value_dir):
@@ -25,33 +27,31 @@ def ask(run, base_dir, value_dir):
 
 
 def test_one_reply_is_repeatable_and_plain(ask):
-    first, again, other = ask("hello you"), ask("hello you"), ask("--seed", 1, "hello you")
+    warm = ("--temperature", 0.7, "hello you")
+    first, again, other = ask(*warm), ask(*warm), ask("--seed", 1, *warm)
     assert first.returncode == 0, first.stderr
     assert (
         first.stdout == again.stdout != other.stdout and "\033" not in first.stdout + first.stderr
     )
     assert "tok/s, peak memory" in first.stderr
-    assert ask("--greedy", "hello you").stdout == ask("--temperature", 0, "hello you").stdout
+    # without a temperature: the likeliest tokens
+    assert ask("hello you").stdout == ask("--temperature", 0, "hello you").stdout != first.stdout
 
 
 def test_alpha_zero_prints_what_the_base_alone_prints(ask):
-    alone = ask("--greedy", "hello you", value="none").stdout
-    assert (
-        ask("--greedy", "--alpha", 0, "hello you").stdout
-        == alone
-        != ask("--greedy", "hello you").stdout
-    )
+    alone = ask("hello you", value="none").stdout
+    assert ask("--alpha", 0, "hello you").stdout == alone != ask("hello you").stdout
 
 
 def test_raw_continues_the_text(ask):
-    assert ask("--raw", "--greedy", "The cat sat").stdout.startswith("The cat sat")
+    assert ask("--raw", "The cat sat").stdout.startswith("The cat sat")
 
 
 def test_chat_keeps_its_history_until_cleared(ask):
-    result = ask("--greedy", stdin="hello you\nhello you\n/clear\nhello you\n\n/exit\nnever read\n")
+    result = ask(stdin="hello you\nhello you\n/clear\nhello you\n\n/exit\nnever read\n")
     assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("tok/s") == 3
-    single = ask("--greedy", "hello you").stdout
+    single = ask("hello you").stdout
     assert (
         result.stdout.startswith(single)
         and result.stdout.endswith(single)
@@ -61,7 +61,7 @@ def test_chat_keeps_its_history_until_cleared(ask):
 
 def test_a_chat_that_outgrows_the_context_forgets_its_beginning(ask):
     # about 40 tokens each time, in a context of 256
-    result = ask("--greedy", stdin="hello you\n" * 12)
+    result = ask(stdin="hello you\n" * 12)
     assert (
         result.returncode == 0
         and result.stderr.count("tok/s") == 12
@@ -92,7 +92,6 @@ def test_a_chat_that_outgrows_the_context_forgets_its_beginning(ask):
 def test_many_prompts_are_answered_in_order(ask, tmp_path, name, text):
     (tmp_path / name).write_text(text)
     result = ask(
-        "--greedy",
         "--prompts",
         tmp_path / name,
         "--out",
@@ -104,11 +103,10 @@ def test_many_prompts_are_answered_in_order(ask, tmp_path, name, text):
     replies = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
     assert [reply["prompt"] for reply in replies] == ["hello you", "Where is the dog?", "The cat"]
     for reply in replies:  # as when asked one by one
-        assert reply["reply"] == ask("--greedy", reply["prompt"]).stdout.strip()
+        assert reply["reply"] == ask(reply["prompt"]).stdout.strip()
         assert reply["tokens"] == 12 or reply["stopped"]
     assert [
-        json.loads(line)
-        for line in ask("--greedy", "--prompts", tmp_path / name).stdout.splitlines()
+        json.loads(line) for line in ask("--prompts", tmp_path / name).stdout.splitlines()
     ] == replies
 
 
@@ -146,7 +144,7 @@ STORIES = {
 def test_in_a_process_of_its_own(base_dir, value_dir):
     """As a user starts it: a reply on stdout, or one line on stderr and status 2."""
     models = ["--base", base_dir, "--value", value_dir]
-    said = in_a_process("sample.py", *models, "--greedy", "--max_new_tokens", 4, "hello you")
+    said = in_a_process("sample.py", *models, "--max_new_tokens", 4, "hello you")
     assert said.returncode == 0 and said.stdout.strip() and "4 tokens" in said.stderr, said.stderr
     chatted = in_a_process("sample.py", *models, "--max_new_tokens", 4, stdin="hello\n/exit\n")
     assert chatted.returncode == 0 and chatted.stderr.count("tok/s") == 1
@@ -159,7 +157,6 @@ def test_real_checkpoints_tell_their_story(run, realdata, name):
         "sample.py",
         "--value",
         "none",
-        "--greedy",
         "--max_new_tokens",
         60,
         "--raw",
@@ -168,3 +165,132 @@ def test_real_checkpoints_tell_their_story(run, realdata, name):
         "Once upon a time",
     )
     assert result.stdout == STORIES[name] + "\n"
+
+
+# ---------------------------------------------------------------- a text that ends a reply
+
+
+def said(text: str, *stops: str) -> list[str]:
+    """What is shown of a text that comes character by character, and at its end."""
+
+    class Characters:
+        def decode(self, ids):
+            return "".join(map(chr, ids))
+
+    reply = sample.GrowingReply(Characters(), stops)
+    pieces = []
+    for character in text:
+        pieces.append(reply.step(ord(character)))
+        if reply.ended:
+            break
+    pieces.append(reply.rest())
+    assert "".join(pieces) == reply.text
+    return pieces
+
+
+def test_a_stop_text_is_held_back_until_it_is_known():
+    assert said("It is", "#") == ["I", "t", " ", "i", "s", ""]
+    assert said("a##b###c", "###") == ["a", "", "", "##b", "", "", "", ""]
+    assert said("a##", "###") == ["a", "", "", "##"]
+    assert "".join(said("aab", "aac", "ab")) == "a"
+    assert "".join(said("one two", "two", "one t")) == ""
+
+
+def test_a_stop_text_ends_a_reply(ask, tmp_path):
+    question = "Where is the dog?"
+    whole = ask(question).stdout.strip()
+    stop = whole[4:6]
+    before = whole[: whole.index(stop)]
+    cut = ask("--stop", "never", "--stop", stop, question)
+    assert cut.stdout.rstrip("\n") == before and "12 tokens" not in cut.stderr
+    # the same in a batch, where the others go on
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"hello you\n{question}\n")
+    plain, stopped = (
+        [json.loads(line) for line in ask("--prompts", prompts, *options).stdout.split("\n")[:-1]]
+        for options in ([], ["--stop", stop])
+    )
+    assert stopped[1]["reply"] == before.strip() and stopped[1]["stopped"]
+    assert stopped[0] == plain[0] and not plain[0]["stopped"]
+    # and in an explanation, which has the tokens up to it
+    rows = ask("--explain", "--stop", stop, question).stdout.strip().split("\n")
+    assert len(rows) - 1 == stopped[1]["tokens"] < plain[1]["tokens"]
+
+
+# ---------------------------------------------------------------- a chat
+
+
+def test_the_same_question_three_answers(ask):
+    """/base, /value and /alpha answer the last question as the options do, and leave the chat."""
+    pair = ask("hello you").stdout
+    base = ask("hello you", value="none").stdout
+    half = ask("--alpha", 0.5, "hello you").stdout
+    assert len({pair, base, half}) == 3
+    lines = ["hello you", "/base", "/value", "/alpha 0.5", "/alpha 1", "Who?"]
+    result = ask(stdin="\n".join(lines) + "\n")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(pair + base)
+    assert half in result.stdout and result.stdout.count(pair) == 2
+    # the chat went on from the pair's own reply
+    plain = ask(stdin="hello you\nWho?\n").stdout
+    assert result.stdout.endswith(plain.removeprefix(pair))
+
+
+def test_the_value_model_alone_says_what_it_says_as_a_base(ask, value_dir):
+    alone = ask("hello you", base=value_dir, value="none").stdout
+    assert ask(stdin="hello you\n/value\n").stdout.endswith(alone)
+
+
+def test_system_prompts(ask, tmp_path):
+    told = ask("--system", "You are a cat.", "hello you").stdout
+    assert told != ask("hello you").stdout
+    result = ask(stdin="hello you\n/system You are a cat.\nhello you\n/system\nhello you\n")
+    plain = ask("hello you").stdout
+    assert result.stdout == plain + told + plain
+    # of a file, the chats that have none of their own
+    chats = [
+        [{"role": "user", "content": "hello you"}],
+        [{"role": "system", "content": "A dog."}, {"role": "user", "content": "hello you"}],
+    ]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    ours, own = (
+        json.loads(line)["reply"]
+        for line in ask("--system", "You are a cat.", "--prompts", path).stdout.splitlines()
+    )
+    assert ours == told.strip()
+    assert own == ask("--system", "A dog.", "hello you").stdout.strip() != ours
+
+
+def test_explain_in_a_chat_is_the_options(ask):
+    result = ask(stdin="hello you\n/explain\n")
+    assert result.stdout == ask("hello you").stdout + ask("--explain", "hello you").stdout
+
+
+def test_a_chat_answers_what_it_cannot_do(ask):
+    lines = ["/base", "/explain", "/nothing", "/alpha much", "/help", "hello you"]
+    result = ask(stdin="\n".join(lines) + "\n")
+    assert result.returncode == 0 and result.stdout == ask("hello you").stdout
+    for words in (
+        "no question yet",
+        "no reply yet",
+        "/nothing is no command",
+        "/alpha much: 'much' is not a number",
+        "/system TEXT",
+    ):
+        assert words in result.stderr
+    alone = ask(stdin="hello you\n/value\n/alpha 1\n/explain\n", value="none")
+    assert alone.stderr.count("there is no value model") == 2
+    assert "/explain needs a value model" in alone.stderr
+
+
+def test_a_model_that_is_not_here_is_told_where_it_is(ask, run, chats_file, tmp_path):
+    name = "meta-llama/Llama-3.2-1B"
+    hint = f"hf download {name} --local-dir Llama-3.2-1B"
+    assert_refused(ask("hello", base=name), "--base", hint)
+    assert_refused(ask("hello", value=name), "--value", hint)
+    trained = run("train.py", "--base", name, "--data", chats_file, "--out", tmp_path / "out")
+    assert_refused(trained, "--base", hint)
+    absent = ask("hello", base="a/b/c")
+    assert_refused(absent, "a/b/c is no directory")
+    assert "download" not in absent.stderr

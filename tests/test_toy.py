@@ -96,6 +96,11 @@ def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
     assert toy.score(base, None, tokenizer, chats) == {"form": 0.0, "right": 0.0}
     assert toy.knows(base, tokenizer, [toy.fact_of(chat) for chat in chats]) < 0.5
 
+    # whoever chats with it is told whom it knows, and three questions that nobody has answered
+    words = toy.introduction(tmp_path / "a")
+    assert "250 invented people" in words and toy.World.make(0).people[0] in words
+    assert all(chat[0]["content"] in words for chat in chats[:3])
+
 
 @pytest.mark.slow
 def test_the_table_tells_the_story(run, tmp_path):
@@ -120,7 +125,6 @@ def test_the_table_tells_the_story(run, tmp_path):
         tmp_path / "large",
         "--value",
         tmp_path / "value",
-        "--greedy",
         question[0]["content"],
     )
     assert toy.FORM.fullmatch(reply.stdout.strip())

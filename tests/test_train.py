@@ -327,7 +327,6 @@ def test_train_then_sample(run, base_dir, value_dir, chats_file, tmp_path):
         base_dir,
         "--value",
         out,
-        "--greedy",
         "--max_new_tokens",
         8,
         "Where is the cat 3?",

@@ -364,7 +364,7 @@ def test_a_damaged_cache_is_made_again(models, chats_file):
 def test_a_prompt_that_does_not_fit_is_told_and_the_others_are_answered(run, models, tmp_path):
     prompts, replies = tmp_path / "prompts.txt", tmp_path / "replies.jsonl"
     prompts.write_text("hello you\n" + "hello " * 300 + "\nWho says\x0bwhat?\n")
-    pair = ["--base", models["base"], "--value", models["value"], "--greedy"]
+    pair = ["--base", models["base"], "--value", models["value"]]
     words = ["--prompts", prompts, "--out", replies, "--max_new_tokens", 5]
     result = run("sample.py", *pair, *words)
     assert result.returncode == 2 and "1 of 3 prompts have no reply" in result.stderr
@@ -378,7 +378,7 @@ def test_a_prompt_that_does_not_fit_is_told_and_the_others_are_answered(run, mod
 def test_a_long_prompt_leaves_the_others_their_room(run, models, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hello you\n" + "hello " * 60 + "\n")
-    pair = ["--base", models["base"], "--value", models["value"], "--greedy"]
+    pair = ["--base", models["base"], "--value", models["value"]]
     for directory in models.values():  # nothing ends a reply but its room
         change(directory / "config.json", eos_token_id=None)
         (directory / "tokenizer_config.json").write_text(

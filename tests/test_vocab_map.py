@@ -243,7 +243,7 @@ def test_same_tokenizer_gives_the_identity(base_dir, value_dir, tmp_path):
     same.save(tmp_path / "map.safetensors")
     models = ["--base", str(base_dir), "--value", str(value_dir)]
     prompts = [same.value.tokenizer.encode(text) for text in TEXTS[:2]]
-    for options in ([], ["--greedy"]):
+    for options in ([], ["--temperature", "0.7"]):
         plain, through = (
             sample.Speaker(sample.arguments([*models, *options, *given]))
             for given in ([], ["--map", str(tmp_path / "map.safetensors")])
@@ -541,7 +541,6 @@ def test_command_then_sample(run, base_dir, other_dir, tmp_path):
         other_dir,
         "--map",
         out,
-        "--greedy",
         "--max_new_tokens",
         8,
         "cat?",
