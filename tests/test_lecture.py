@@ -1,4 +1,5 @@
-"""The lecture says what the code does: its sessions run, its quotations and links are there."""
+"""The lecture says what the code does: its sessions run, its quotations and links are there, its
+timetable adds up, and the checks of its exercises say what is wrong."""
 
 import doctest
 import re
@@ -14,6 +15,7 @@ SOURCES = [
     for path in folder.glob("*.py")
 ]
 QUOTED = re.findall(r"^```python\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)
+HEADINGS = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", TEXT, flags=re.S | re.M), re.M)
 LINKED = re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", TEXT)
 
 
@@ -40,3 +42,75 @@ def test_links_lead_somewhere():
         if link and not re.match(r"https?:|#", link)
     }
     assert files and [file for file in files if not (ROOT / file).exists()] == []
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it: in small letters, without punctuation, spaces as hyphens."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def test_links_within_lead_to_sections():
+    within = [link[1:] for pair in LINKED for link in pair if link.startswith("#")]
+    assert len(within) > 10 and set(within) <= set(map(anchor, HEADINGS))
+
+
+def test_the_timetable_has_90_minutes():
+    """Each row begins where the one before it ends, and its sections come in the text's order."""
+    rows = re.findall(r"^\| (\d+) \| (\d+) \| (.+?) \| .+ \|$", TEXT, re.MULTILINE)
+    now = 0
+    for start, minutes, _ in rows:
+        assert int(start) == now
+        now += int(minutes)
+    assert now == 90
+    order = list(map(anchor, HEADINGS))
+    sections = [link for *_, cell in rows for link in re.findall(r"\(#(.+?)\)", cell)]
+    places = [order.index(link) for link in sections if link != "exercises"]
+    assert places == sorted(places)
+
+
+def test_the_promise_is_the_readme_s_table():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = re.search(r"^base +parameters +knows.*?(?=^```$)", readme, re.DOTALL | re.MULTILINE)
+    indented = "".join(f"    {line}\n" for line in table[0].splitlines())
+    assert TEXT.count(indented) == 2  # as a promise, and explained
+
+
+# ---------------------------------------------------------------- exercises
+
+
+@pytest.fixture(scope="module")
+def prompt() -> dict:
+    """The names at the prompt of the second command at the text's top."""
+    names: dict = {}
+    exec(doctest.script_from_examples(TEXT), names)
+    return names
+
+
+def test_the_prompt_has_all_names(prompt):
+    assert {f"check_{n}" for n in range(1, 7)} <= set(prompt)
+    assert {"z_base", "z_delta", "words", "combine", "two_passes", "totals"} <= set(prompt)
+
+
+WRONG = [
+    (1, (lambda alpha: 0.25 + 0.25 * alpha, 0.25), "alpha = 0.5", "0.412", "0.375"),
+    (2, (lambda sizes: [1 / sum(sizes)] * sum(sizes),), "[1, 3]", "0.1667", "0.25"),
+    (3, (lambda z: -z.mean(),), "-2.0794, 0.0]", "0.694", "0.832"),
+    (4, ([2.0, 3.5], [0.5, 1 / 3, 0, 1 / 6, 0]), "small base", "3.0", "3.5"),
+    (4, ([2.0, 3.0], [0.5, 0.5, 0.5, 0, 0]), "add up", "1.5", "1"),
+    (4, ([2.0, 3.0], [0.25, 0.125, 0.0625, 0.5, 0.0625]), "says Sorry", "twin", "base"),
+    (4, ([2.0, 3.0], [0.5, 0.5, 0, 0, 0]), "the twin gives", "4.0", "3.0"),
+    (5, ([(0, 0), (1, 2)], [(0, 0), (1, 2)], {0: 1, 1: 2}), "warped", "(0, 1)", "[(0, 0), (1, 2)]"),
+    (5, ([(0, 0), (0, 1), (1, 2)], [(0, 0)], {0: 1, 1: 2}), "aligned", "(1, 2)", "[(0, 0)]"),
+    (5, ([(0, 0), (0, 1), (1, 2)], [(0, 0), (1, 2)], {0: 0, 1: 2}), "kept", "0: 1", "0: 0"),
+    (6, ([0.6931, 2.0794], 0.2231, [-0.1, 0, 0, 0.1, 0]), "nats", "-2.0794", "2.0794"),
+    (6, ([0.6931, -2.0794], 0.5, [-0.1, 0, 0, 0.1, 0]), "loss", "0.2231", "0.5"),
+    (6, ([0.6931, -2.0794], 0.2231, [-0.2, 0, 0, 0.2, 0]), "gradient", "-0.1", "-0.2"),
+]
+
+
+@pytest.mark.parametrize("number, answer, case, expected, given", WRONG)
+def test_a_wrong_answer_names_its_case(prompt, number, answer, case, expected, given):
+    with pytest.raises(AssertionError) as error:
+        prompt[f"check_{number}"](*answer)
+    said = str(error.value)
+    assert case in said and expected in said and given in said and "\n" not in said
