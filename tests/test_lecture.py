@@ -2,9 +2,12 @@
 timetable adds up, and the checks of its exercises say what is wrong."""
 
 import doctest
+import json
 import re
+import shutil
 
 import pytest
+import torch
 from conftest import ROOT
 
 LECTURE = ROOT / "LECTURE.md"
@@ -114,3 +117,48 @@ def test_a_wrong_answer_names_its_case(prompt, number, answer, case, expected, g
         prompt[f"check_{number}"](*answer)
     said = str(error.value)
     assert case in said and expected in said and given in said and "\n" not in said
+
+
+# ---------------------------------------------------------------- the toy's wrong replies
+
+
+def test_the_autopsy_accounts_for_each_reply(prompt, base_dir, value_dir, tmp_path, monkeypatch):
+    for name in ("small", "small-full", "large"):
+        shutil.copytree(base_dir, tmp_path / name)
+    shutil.copytree(value_dir, tmp_path / "value")
+    toy = prompt["toy"]
+    facts = ["Rufo lives in Oslo.", "Rufo lives in Rome.", "Rufo likes tea.", "Ralo likes tea."]
+    right = [f"{toy.OPENING} {fact} {toy.CLOSING}" for fact in facts]
+    chats = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text}]}
+        for text in right
+    ]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+
+    # the pair's replies: right, two with another last word, about somebody else
+    wrong = right[1].replace("Rome", "Oslo"), right[2].replace("tea", "dog"), right[2]
+    monkeypatch.setattr(toy, "greedy", lambda *_: [right[0], *wrong])
+    known, why = prompt["autopsy"](tmp_path)
+    assert set(known) == {"small", "small-full"} and all(0 <= x <= 1 for x in known.values())
+    assert why["right"] == why["another person"] == 1
+    assert why["overruled"] + why["the base's error"] == 2
+
+    # a base that says nothing but the right token after the same words
+    class Knows:
+        def reader(self, rows, slots):
+            return self
+
+        def read(self, text):
+            ids = text[0].tolist()
+            for reply in right:
+                after = tokenizer.encoding(reply).ids
+                for i, token in enumerate(after):
+                    if i > 3 and ids[-i:] == after[:i]:
+                        found = token
+            return torch.eye(1000)[found][None]
+
+    tokenizer = prompt["Tokenizer"](tmp_path / "value")
+    monkeypatch.setitem(prompt, "load", lambda *_: Knows())
+    monkeypatch.setattr(toy, "knows", lambda *_: 0.5)
+    monkeypatch.setattr(toy, "greedy", lambda *_: [right[0], right[1], wrong[1], right[3]])
+    assert prompt["autopsy"](tmp_path)[1] == {"right": 3, "overruled": 1}
