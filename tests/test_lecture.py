@@ -140,7 +140,7 @@ def test_the_autopsy_accounts_for_each_reply(prompt, base_dir, value_dir, tmp_pa
     monkeypatch.setattr(toy, "greedy", lambda *_: [right[0], *wrong])
     known, why = prompt["autopsy"](tmp_path)
     assert set(known) == {"small", "small-full"} and all(0 <= x <= 1 for x in known.values())
-    assert why["right"] == why["another person"] == 1
+    assert why["right"] == why["not this person"] == 1
     assert why["overruled"] + why["the base's error"] == 2
 
     # a base that says nothing but the right token after the same words
