@@ -98,7 +98,7 @@ class GrowingReply:
         else:
             known = len(self.held) - max(map(self.begun, self.stops), default=0)
         certain = self.held[:known]
-        self.held = "" if self.ended else self.held[known:]
+        self.held = self.held[known:]
         self.text += certain
         return certain
 

@@ -196,6 +196,16 @@ def test_a_stop_text_is_held_back_until_it_is_known():
     assert "".join(said("one two", "two", "one t")) == ""
 
 
+def test_the_first_of_several_stop_texts_ends_a_reply():
+    class Words:  # a token is a text
+        def decode(self, ids):
+            return "".join(ids)
+
+    reply = sample.GrowingReply(Words(), ["one", "two"])
+    assert reply.step("a two, one") == "a " and reply.ended and reply.rest() == ""
+    assert reply.text == "a "
+
+
 def test_a_stop_text_ends_a_reply(ask, tmp_path):
     question = "Where is the dog?"
     whole = ask(question).stdout.strip()

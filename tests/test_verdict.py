@@ -11,8 +11,9 @@ from conftest import assert_refused
 import data
 import train as trainer
 from chats import read_chats
-from extras import rehearse
+from extras import losses, rehearse
 from extras.rehearse import padded_tokens
+from files import save_tensors
 from model import load
 
 
@@ -74,6 +75,25 @@ def test_a_preference_is_judged_by_preferences(train, chats_file, tmp_path):
     said = f"0.693 by the base alone, {nats[-1]:.3f} with the value model (nats per pair)"
     assert said in result.stdout and nats[-1] < math.log(2)
     assert log_of(tmp_path / "out", "base_alone") == [math.log(2)] * 4
+
+
+def test_the_loss_of_held_out_pairs_is_a_mean_over_pairs(base_dir, value_dir, chats_file):
+    tokenizer = data.Tokenizer(base_dir)
+    reading = read_chats(chats_file)
+    better = data.tokenize(reading, tokenizer, 256)
+    for chat in reading.chats:
+        chat.messages[-1]["content"] = "It rains."
+    pairs = losses.paired(better, data.tokenize(reading, tokenizer, 256))
+    base, value = load(base_dir), load(value_dir)
+    each = []
+    for row in (0, 3, 7):
+        inputs, targets, _ = pairs.batch([row])
+        z_base, z_delta = base(inputs).detach(), value(inputs).detach()
+        each.append(losses.pairwise(z_base, z_delta, targets, 0.5).item())
+    how = ([0, 3, 7], 2, trainer.FULL_PRECISION, trainer.ONE_DEVICE)
+    mean = losses.held_out_pairs(0.5, base, value, pairs, *how)
+    assert mean == pytest.approx(sum(each) / 3, rel=1e-5)
+    assert losses.held_out_pairs(0.5, base, None, pairs, *how) == math.log(2)
 
 
 # ---------------------------------------------------------------- the best weights
@@ -141,12 +161,37 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
         assert_refused(refused, "best.safetensors")
         best.write_bytes(content)
         assert_refused(train(lr=1e-2, epochs=3, out=tmp_path / "b", resume=True), "keep")
+
+        # whole, but of another run
+        note = {"run": "another", "held_out_loss": "0.1"}
+        tensors = {name: p.data for name, p in load(tmp_path / "out").named_parameters()}
+        save_tensors(tensors, best, note)
+        refused = train(lr=1e-2, epochs=3, keep="best", out=tmp_path / "b", resume=True)
+        assert_refused(refused, "best.safetensors", "another run")
+        best.write_bytes(content)
     monkeypatch.setattr(trainer, "held_out_loss", measuring(3))
     resumed = train(lr=1e-2, epochs=3, keep="best", out=tmp_path / "b", resume=True)
     assert resumed.returncode == 0, resumed.stderr
     for name in ("model.safetensors", "log.jsonl", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert not best.exists()
+
+
+def test_a_new_run_forgets_an_older_ones_best(train, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").touch()
+    best = tmp_path / "out" / trainer.BEST
+    best.write_text("what a run has left that was killed")
+    seen = []
+
+    def stop(*_, **__):
+        seen.append(best.exists())
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer.Log, "note", stop)
+        assert train().returncode == 130
+    assert seen == [False]
 
 
 # ---------------------------------------------------------------- progress
