@@ -4,6 +4,7 @@
     python sample.py --base DIR --value DIR "question"      # streams one reply
     python sample.py --base DIR --value DIR                 # a chat; /help tells what it can do
     python sample.py --explain "question"                   # each token coloured by who decided it
+    python sample.py --html page.html "question"            # the same as a page with a slider for α
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"     # the base alone
     python sample.py --base DIR --value EXPERT --antiexpert DIR "question"     # proxy tuning
@@ -198,6 +199,7 @@ class Speaker:
 
         models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
         self.context = min(model.config.max_position_embeddings for model in models)
+        self.sizes = [model.size() for model in models]
         self.make_fast([model for model in models if isinstance(model, Llama)])
 
     def refuse_beside_connection(self) -> None:
@@ -381,35 +383,58 @@ class Speaker:
         aside(f"{n} tokens, {n / seconds:.1f} tok/s, peak memory {memory:.2f} GB")
         return reply
 
-    def explain(self, prompt: list[int]) -> None:
-        """One reply, when it is whole, with who said each token; the page of it to --html."""
+    def whole_reply(self, prompt: list[int]) -> list[int]:
+        """The ids of one reply, when it is whole."""
         reply = GrowingReply(self.tokenizer, self.args.stop)
         for ids in self.replies([prompt]):
             reply.step(ids[0])
             if reply.ended:
                 break
-        self.show_who(prompt, reply.ids)
+        return reply.ids
 
-    def show_who(self, prompt: list[int], reply: list[int]) -> None:
-        """Who said each token of a reply."""
+    def explain(self, prompt: list[int], reply: list[int]) -> dict | None:
+        """Shows who said each token of a reply. With --html: gives its column of the page."""
         from extras import explain
 
-        said = explain.who_said(
-            self.base,
-            self.value,
-            self.tokenizer,
-            prompt,
-            reply,
-            alpha=self.args.alpha,
-            vocabulary=self.vocabulary,
-        )
+        told = self.base, self.value, self.tokenizer, prompt, reply
+        how = {
+            "alpha": self.args.alpha,
+            "vocabulary": self.vocabulary,
+            "never": self.differing,
+        }
+        said = explain.who_said(*told, **how)
         if sys.stdout.isatty():
             print(explain.coloured(said, shutil.get_terminal_size().columns))
         else:
             print(explain.columns(said))
         print(explain.summary(said), file=sys.stderr)
-        if self.args.html:
-            write_text(self.args.html, explain.page(said, self.args.question))
+        if not self.args.html:
+            return None
+        from extras.page import column, title_of
+
+        directories = given(self.args, "base", "value", "antiexpert")
+        title = title_of([getattr(self.args, name) for name in directories], self.sizes)
+        return column(title, said, *told, **how)
+
+
+def explain(speaker: Speaker, prompt: list[int]) -> None:
+    """--explain: one reply, and with --compare another base's before it; the page to --html."""
+    args = speaker.args
+    speakers = [speaker]
+    if args.compare:
+        # the same in everything but the base: the same value model, the same checks
+        other = Speaker(argparse.Namespace(**vars(args) | {"base": args.compare}))
+        other.fitting(prompt)
+        speakers.insert(0, other)
+    columns = []
+    for one in speakers:
+        if args.compare:
+            print(f"(over {one.args.base})", file=sys.stderr)
+        columns.append(one.explain(prompt, one.whole_reply(prompt)))
+    if args.html:
+        from extras.page import page
+
+        write_text(args.html, page(args.question, columns, args.alpha))
 
 
 def aside(words: str) -> None:
@@ -521,7 +546,7 @@ class Chat:
             raise InputError("there is no reply yet; ask a question first")
         if self.speaker.value is None or torchrun():
             raise InputError("/explain needs a value model, and one process only")
-        self.speaker.show_who(self.asked, self.replied)
+        self.speaker.explain(self.asked, self.replied)
 
 
 # ---------------------------------------------------------------- a file of prompts
@@ -634,7 +659,13 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="chat template (default: the directory's own, else llama-2)",
     )
     add("--explain", action="store_true", help="colour each token of the reply by who decided it")
-    add("--html", metavar="FILE", help="--explain, and as a page")
+    add("--html", metavar="FILE", help="--explain, and as a page to click on, with a slider for α")
+    add(
+        "--compare",
+        metavar="SMALL",
+        type=model_directory,
+        help="a second base, beside --base on the page of --html",
+    )
     add("--system", metavar="TEXT", help="the system prompt of every chat that has none itself")
     add("--raw", action="store_true", help="no chat template: go on with the text as it stands")
     add = parser.add_argument_group("how to choose tokens").add_argument
@@ -736,6 +767,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(
             "--explain needs a question and a value model; leave out --prompts and --value none"
         )
+    if args.html is None:
+        refuse("compare", "without --html")
     if torchrun() and args.value_device:
         raise InputError(
             "--value_device is for one process; under torchrun both models are cut up over "
@@ -746,7 +779,7 @@ def check(args: argparse.Namespace) -> None:
     for name in given(args, "out", "html"):
         file = getattr(args, name)
         refuse_overwriting(name, file, [("prompts", args.prompts), ("map", args.map)])
-        refuse_part_of_model(name, file, args.base, args.value, args.antiexpert)
+        refuse_part_of_model(name, file, args.base, args.value, args.antiexpert, args.compare)
         writable_file(file)
 
 
@@ -783,7 +816,7 @@ def main() -> None:
             question = {"role": "user", "content": args.question}
             prompt = speaker.prompt([*speaker.opening(), question])
         if args.explain:
-            speaker.explain(prompt)
+            explain(speaker, prompt)
         else:
             if args.raw:
                 print(args.question, end="", flush=True)

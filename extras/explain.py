@@ -2,7 +2,7 @@
 advantage).
 
     python sample.py --explain "question"            # in colour; in a pipe: columns
-    python sample.py --html reply.html "question"    # the same as a page
+    python sample.py --html reply.html "question"    # and as a page, see extras/page.py
 
 A token y is by
     base     if z_base alone is largest at y: the base would have said it, too, after the same text
@@ -12,12 +12,12 @@ and log p_post(y) − log p_base(y), the log p_Δ of §2, says in nats how much 
 for it.
 """
 
-import html
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from data import Tokenizer
 from files import visible
@@ -42,6 +42,49 @@ class Said:
 
 
 @torch.inference_mode()
+def read_again(
+    base: Llama,
+    value: Llama,
+    prompt: Sequence[int],
+    reply: Sequence[int],
+    vocabulary: int | None = None,
+    never: Collection[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """z_base and z_Δ before each of the reply's n tokens, (n, V) each, in float32.
+
+    base, value: whatever has a `reader`, as in `ivl.generate`; `read_each` gives the reply at once.
+    vocabulary: the first ids that could be chosen; never: of these, those that could not, which
+    get z_base = −∞.
+    """
+    # both models read the prompt, then the reply: their logits before each of its tokens
+    readers = [model.reader(1, len(prompt) + len(reply)) for model in (base, value)]
+    z = [reader.read(torch.tensor([prompt])) for reader in readers]  # (1, V) each
+    if len(reply) > 1:
+        rest = [reader.read_each(torch.tensor([reply[:-1]])) for reader in readers]
+        z = [torch.cat((before, after[0])) for before, after in zip(z, rest)]  # (n, V) each
+
+    # over the words of both
+    z_base, z_delta = z
+    V = min(z_base.shape[1], z_delta.shape[1], vocabulary or z_base.shape[1])
+    z_base, z_delta = z_base[:, :V], z_delta[:, :V].to(z_base.device)
+    if never:
+        ids = torch.tensor(sorted(never), device=z_base.device)
+        z_base = z_base.index_fill(1, ids, -torch.inf)
+    return z_base, z_delta
+
+
+def texts(tokenizer: Tokenizer) -> list[str]:
+    """How each id is written: its text, or the name of a special token."""
+    written = []
+    for token, data in zip(tokenizer.tokens, token_bytes(tokenizer)):
+        text = token or ""
+        if data is not None:
+            text = data.decode(errors="backslashreplace")
+        written.append(text)
+    return written
+
+
+@torch.inference_mode()
 def who_said(
     base: Llama,
     value: Llama,
@@ -51,30 +94,19 @@ def who_said(
     *,
     alpha: float = 1.0,
     vocabulary: int | None = None,
+    never: Collection[int] = (),
 ) -> list[Said]:
     """The tokens of `reply`, which the models gave after `prompt`. The arguments are those of
-    `ivl.generate`.
+    `ivl.generate`, and of `read_again`.
     """
-    # both models read the prompt, then the reply: their logits before each of its tokens
-    readers = [model.reader(1, len(prompt) + len(reply)) for model in (base, value)]
-    z = [reader.read(torch.tensor([prompt])) for reader in readers]  # (1, V) each
-    if len(reply) > 1:
-        rest = [reader.read_each(torch.tensor([reply[:-1]])) for reader in readers]
-        z = [torch.cat((before, after[0])) for before, after in zip(z, rest)]  # (n, V) each
-    z_base, z_delta = z
-    z_post = combine(z_base, z_delta.to(z_base.device), alpha)[:, :vocabulary]
-    z_base = z_base[:, : z_post.shape[1]]  # (n, V), over the same words as z_post
+    z_base, z_delta = read_again(base, value, prompt, reply, vocabulary, never)  # (n, V) each
+    z_post = combine(z_base, z_delta, alpha)  # (n, V)
 
     # what each would have chosen, and how likely each found what was said
     ids = torch.tensor(reply, device=z_post.device)[:, None]  # (n, 1)
     log_base = z_base.log_softmax(-1).gather(-1, ids)[:, 0]  # (n,)
     log_post = z_post.log_softmax(-1).gather(-1, ids)[:, 0]  # (n,)
-    spelt = token_bytes(tokenizer)
-
-    def text(i: int) -> str:
-        if spelt[i] is None:
-            return tokenizer.tokens[i]
-        return spelt[i].decode(errors="backslashreplace")
+    text = texts(tokenizer)
 
     tokens = []
     rows = zip(
@@ -93,7 +125,7 @@ def who_said(
         elif token == post_choice:
             by = "value"
         tokens.append(
-            Said(text(token), text(base_choice), by, log_p_post - log_p_base, p_base, p_post)
+            Said(text[token], text[base_choice], by, log_p_post - log_p_base, p_base, p_post)
         )
     return tokens
 
@@ -170,47 +202,3 @@ def coloured(said: Sequence[Said], width: int) -> str:
 def shade(token: Said) -> int:
     """Which of SHADES: the stronger, the more nats in either direction."""
     return min(len(SHADES) - 1, int(abs(token.nats) / STRONG * len(SHADES)))
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Who said it</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 17px/2.9 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em }}
-h1, p {{ font-size: 1em; line-height: 1.5; color: GrayText; font-weight: normal }}
-h1, p {{ white-space: pre-wrap }}
-ruby {{ ruby-position: under }} rt {{ color: GrayText; font-size: .6em; white-space: pre }}
-span {{ white-space: pre-wrap; border-radius: .2em }}
-.value {{ background: rgb(255 130 20 / var(--strength)) }}
-.chance {{ text-decoration: underline dotted }}
-</style>
-<h1>{question}</h1>
-<div>{reply}</div>
-<p>{summary}
-Plain: the base alone would have said the same.
-<span class="value" style="--strength: .6">Coloured</span>: the value model has changed the choice,
-full colour from {strong:.0f} nats. <span class="chance">Dotted</span>: picked by sampling.
-Underneath: what the base alone would have said. Numbers appear where the mouse rests.</p>
-</html>
-"""
-
-
-def page(said: Sequence[Said], question: str) -> str:
-    """The whole reply as a page that needs nothing else."""
-
-    def one(token: Said) -> str:
-        text, under = html.escape(token.text), html.escape(token.base.replace("\n", "⏎"))
-        title = f"{token.by}: {token.nats:+.2f} nats"
-        title += f", p_base {token.p_base:.4f}, p_post {token.p_post:.4f}"
-        strength = min(1.0, abs(token.nats) / STRONG)
-        span = f'<span class="{token.by}" style="--strength: {strength:.2f}" title="{title}">'
-        span += f"{text}</span>"
-        return span if token.by == "base" else f"<ruby>{span}<rt>{under}</rt></ruby>"
-
-    return PAGE.format(
-        question=html.escape(question),
-        reply="".join(map(one, said)),
-        summary=summary(said),
-        strong=STRONG,
-    )

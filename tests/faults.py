@@ -43,6 +43,7 @@ TESTS = {  # each source file, and the arguments of pytest for the tests beside 
     "extras/graphs.py": ["test_graphs.py"],
     "extras/losses.py": ["test_losses.py", "test_train.py"],
     "extras/mapped.py": ["test_vocab_map.py"],
+    "extras/page.py": ["test_page.py"],
     "extras/proxy.py": ["test_connections.py", "test_graphs.py", "test_devices.py"],
     "extras/show.py": ["test_chats.py"],
     # the slow ones too, but for the two slowest

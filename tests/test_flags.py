@@ -243,6 +243,7 @@ SAMPLE = {
     "template": ["--template", "llama-2"],
     "explain": ["--explain"],
     "html": ["--html", "OUT"],
+    "compare": ["--compare", "OTHER"],
     "raw": ["--raw"],
     "system": ["--system", "You are a cat."],
     "alpha": ["--alpha", "0"],
