@@ -180,6 +180,13 @@ def test_training(train_calls, option, monkeypatch):
         assert differs(train_calls, measured, TRAIN[option]) != "nothing"
 
 
+def test_hyphens_are_underscores(train_calls):
+    plain = ["--base", "BASE", "--data", "CHATS", "--out", "OUT"]
+    hyphens = train_calls([*plain, "--micro-batch-size=1", "--norm-over", "all"])
+    assert hyphens == train_calls([*plain, "--micro_batch_size", "1", "--norm_over=all"])
+    assert hyphens != train_calls(plain)
+
+
 @pytest.mark.parametrize("option", TRAIN)
 def test_the_toy(train_calls, option, base_dir, tmp_path, monkeypatch):
     if option == "base":
