@@ -1032,6 +1032,7 @@ class Job:
         self.autocast = FULL_PRECISION
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
+        print(f"reading {' '.join(map(str, args.data))}", flush=True)
         self.match_vocabularies()  # tokenizer, configs, shared, differing
         self.settle()  # connection, settings
         self.read_chats()  # chats, pairs
@@ -1065,6 +1066,8 @@ class Job:
         An evaluation of the base alone has no value model.
         """
         args = self.args
+        models = dict.fromkeys([*args.base, args.value or args.base[0]])
+        print(f"loading {' '.join(models)}", flush=True)
         self.value = None
         if args.value or not args.evaluate:
             self.value = self.start_value()
@@ -1179,7 +1182,7 @@ class Job:
             self.chats = paired(self.chats, worse)
             self.settings.beta = BETA
         self.questions = short_questions(reading)
-        print(f"{' '.join(map(str, args.data))}\n{self.chats.report}")
+        print(self.chats.report, flush=True)
         check_tokens(self.chats, self.tokenizer, self.shared, self.differing)
 
     # ------------------------------------------------------------ what is done with it

@@ -426,7 +426,7 @@ def test_bad_input_ends_in_one_line(run, base_dir, value_dir, chats_file, tmp_pa
     bad.write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n{oops\n")
     assert_refused(train(data=bad), "bad.jsonl, line 2")
     assert_refused(train(data=tmp_path / "absent.json"), "absent.json", "cannot be read")
-    assert_refused(train(base=tmp_path / "absent"), "absent", "cannot be read")
+    assert_refused(train(base=tmp_path / "absent"), "absent", "is no directory")
     assert_refused(train(data=None), "--data is missing")
     assert_refused(train(base=None), "--base is missing")
     assert_refused(train(epochs=0), "--epochs")
