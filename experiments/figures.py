@@ -1,17 +1,29 @@
 """Pictures of reproduce.py's tables: grouped bars as in the paper, a system in the same colour
 everywhere.
 
+    python experiments/figures.py              # those of experiments/results, drawn again
+    python experiments/figures.py --out DIR    # those of another --out of reproduce.py
+
+Nothing is measured: NAME.png is drawn from NAME.json.
+
 A table's rows, one for each base and system, hold for each score its mean, smallest and largest
 over the seeds. With several bases each score has a panel, where bars stand by base; with a single
-base all bars stand in one panel, by score. Table 3 measures costs, and gets lines over the number
-of tokens. Only this file needs matplotlib.
+base all bars stand in one panel, by score. A score that is 0 for all systems is left out, and the
+caption says so, as it says what the other scores mean. Table 1 has so many bars that full
+fine-tuning and the base alone are lines across them. Table 3 measures costs, and gets lines over
+the number of tokens. Only this file needs matplotlib.
 """
 
+import argparse
 import math
+import sys
+import textwrap
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from files import replacing
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from files import LIST, InputError, command, read_json, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,7 +37,17 @@ TITLES = {
     "table3": "Table 3, in miniature: what a small value model costs",
     "table4": "Table 4, in miniature: one value model against proxy tuning's two",
 }
+MEANINGS = {  # of scores and costs, for the captions
+    "form": "the reply has the form asked for, whatever it says",
+    "right": "form and fact",
+    "skill": "the reply to a two-step question holds the second step's fact",
+    "few-shot": "a fact is completed after three others, as plain text without a chat",
+    "new": "right, about people of whom only the base “continued” has read",
+    "MB": "weights, caches and all the rest",
+    "seconds": "greedy decoding of one text after 16 tokens",
+}
 SYSTEMS = {  # in the order of bars; those of one picture differ to colour-blind eyes as well
+    "alone": ("#222222", "base alone"),
     "probe": ("#aa4499", "linear probe"),
     "random": ("#806b00", "random weights"),
     "full": ("#bbbbbb", "full fine-tuning"),
@@ -41,6 +63,9 @@ SYSTEMS = {  # in the order of bars; those of one picture differ to colour-blind
     "medium norm": ("#f2b134", "medium, norm term"),
     "proxy": ("#b07030", "proxy tuning"),
 }
+# systems that table 1 has as lines across a base's bars: style, colour, width of a white rim
+LINES = {"full": ("--", "#555555", 0), "alone": (":", "#000000", 4)}
+WIDTH = 136  # of a caption, in characters
 BASES = {"small": "#440154", "medium": "#31688e", "large": "#35b779", "xlarge": "#e69f00"}
 
 
@@ -53,15 +78,19 @@ def spread(scores: list[dict]) -> tuple[list[float], list[list[float]]]:
     return means, [below, above]
 
 
-def bars(axes, groups: dict[str, dict[str, dict]], inches: float, line: str = "") -> None:
-    """groups: group → system → score. A group's bars stand side by side; the system `line` is
-    dashed across them.
+def bars(
+    axes, groups: dict[str, dict[str, dict]], inches: float, lines: Collection[str] = ()
+) -> None:
+    """groups: group → system → score. A group's bars stand side by side; the systems `lines` are
+    lines across them.
     """
+    from matplotlib.patheffects import withStroke
+
     # which bars a group has, in the order of SYSTEMS
     there = {system for group in groups.values() for system in group}
     systems = sorted(there, key=[*SYSTEMS].index)
     shown = [
-        [system for system in systems if system in group and system != line]
+        [system for system in systems if system in group and system not in lines]
         for group in groups.values()
     ]
     width = 0.84 / max(1, *map(len, shown))
@@ -73,10 +102,12 @@ def bars(axes, groups: dict[str, dict[str, dict]], inches: float, line: str = ""
         scores = [group[system] for group in groups.values() if system in group]
         means, errors = spread(scores)
 
-        # a dashed line in each group, on a band from the least to the most
-        if system == line:
+        # a line in each group, on a band from the least to the most
+        if system in lines:
+            style, black, rim = LINES[system]
             left, right = [i - 0.46 for i in at], [i + 0.46 for i in at]
-            axes.hlines(means, left, right, "#555555", "--", label=label, clip_on=False)
+            drawn = axes.hlines(means, left, right, black, style, label=label, clip_on=False)
+            drawn.set(zorder=3, path_effects=[withStroke(linewidth=rim, foreground="white")])
             least = [score["least"] for score in scores]
             heights = [score["most"] - score["least"] for score in scores]
             axes.bar(at, heights, 0.92, least, color=colour, alpha=0.4)
@@ -93,7 +124,7 @@ def bars(axes, groups: dict[str, dict[str, dict]], inches: float, line: str = ""
             label=label,
             error_kw={"elinewidth": 1.2},
         )
-        if size >= 6 and not line:
+        if size >= 6 and not lines:
             axes.bar_label(drawn, fmt="%.2f", padding=1, fontsize=size)
     axes.set(ylim=(0, 1), xlim=(-0.5, len(groups) - 0.5))
     axes.set_xticks(range(len(groups)), groups, fontsize=min(11, 15 * inches / len(groups)))
@@ -145,6 +176,29 @@ def panels_of(name: str, rows: list[dict]) -> dict[str, dict[str, dict[str, dict
     return panels
 
 
+def caption(name: str, shown: Sequence[str], zero: Sequence[str]) -> str:
+    """How to read a table's picture: what its marks are, what the scores that it shows mean, and
+    which scores it has left out since they are 0 for all systems.
+
+    Example:
+    >>> print(caption("table4", ["form"], ["right"]))
+    Bars: means over the seeds; thin lines: from the smallest to the largest.
+    form: the reply has the form asked for, whatever it says.
+    right (form and fact): 0 for all, left out.
+    """
+    marks = "Bars: means over the seeds; thin lines: from the smallest to the largest."
+    if name == "table1":
+        marks = "Bars, dashes and dots: means over the seeds; thin lines and bands: from the "
+        marks += "smallest to the largest."
+    if name == "table3":
+        marks = "Dots: means over rounds; thin lines: from the smallest to the largest."
+
+    parts = [marks, "; ".join(f"{key}: {MEANINGS[key]}" for key in shown) + "."]
+    for key in zero:
+        parts.append(f"{key} ({MEANINGS[key]}): 0 for all, left out.")
+    return "\n".join(textwrap.fill(part, WIDTH) for part in parts)
+
+
 def figure(name: str, rows: list[dict]) -> "Figure":
     """The picture of a table."""
     from matplotlib.figure import Figure
@@ -152,24 +206,47 @@ def figure(name: str, rows: list[dict]) -> "Figure":
     if name == "figure3":  # it compares connections, and a value model's is residual
         rows = [row | {"system": row["system"].replace("small", "residual")} for row in rows]
 
-    # the panels, three in a row
+    # scores that are 0 for all would leave a panel, or a place in it, empty
+    scores = [key for key in rows[0] if isinstance(rows[0][key], dict)]
+    zero = [key for key in scores if not any(row[key]["most"] for row in rows if key in row)]
+    if len(zero) == len(scores):
+        zero = []
+    rows = [{key: x for key, x in row.items() if key not in zero} for row in rows]
     panels = panels_of(name, rows)
+
+    # the panels, three in a row, and a strip for the caption
+    shown = [key for key in MEANINGS if any(x.split()[0] == key for row in rows for x in row)]
+    below = caption(name, shown, zero)
     columns = min(len(panels), 3)
-    picture = Figure((10, 4.8 if len(panels) <= columns else 7), dpi=150, layout="constrained")
-    grid = picture.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).ravel()
+    height, strip = 4.8, 0.2 + 0.18 * (below.count("\n") + 1)
+    if len(panels) > columns:
+        height = 7
+    picture = Figure((10, height + strip), dpi=150, layout="constrained")
+    picture.get_layout_engine().set(h_pad=0.08)  # inches
+    body, foot = picture.subfigures(2, 1, height_ratios=(height, strip))
+    foot.text(0.012, 0.95, below, va="top", fontsize=10, color="#333333", linespacing=1.3)
+    grid = body.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).ravel()
+
     for axes, (title, groups) in zip(grid, panels.items()):
         if name == "table3":
             costs(axes, rows, title)
         else:
-            bars(axes, groups, 8.6 / columns, "full" if name == "table1" else "")
-        axes.set_title(title, loc="left", fontsize=12, pad=20)
+            bars(axes, groups, 8.6 / columns, LINES if name == "table1" else ())
+        axes.set_title(title, loc="left", fontsize=12, pad=6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd")
         axes.set_axisbelow(True)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    picture.suptitle(TITLES[name], x=0.01, ha="left", fontsize=14)
-    picture.supylabel("mean, and range over the seeds", fontsize=9, color="#555555")
+    # a bar's number, above the seeds' line, stays below the title
+    if name not in ("table1", "table3"):
+        highest = max(row[key]["most"] for row in rows for key in shown if key in row)
+        for axes in grid:
+            axes.set_ylim(0, max(1, highest + 0.05))
+
+    body.suptitle(TITLES[name], x=0.01, ha="left", fontsize=14)
+    if name != "table3":
+        body.supylabel("share of the questions", fontsize=10, color="#333333")
 
     # one legend for all panels, where a panel is missing if there is such a place
     legend = {
@@ -178,11 +255,11 @@ def figure(name: str, rows: list[dict]) -> "Figure":
     if len(panels) < len(grid):
         grid[-1].legend(legend.values(), legend, loc="center", frameon=False, fontsize=11)
     else:
-        picture.legend(
+        body.legend(
             legend.values(),
             legend,
             loc="outside lower center",
-            ncols=4 if len(legend) > 5 else 5,
+            ncols=len(legend) if len(legend) <= 5 else math.ceil(len(legend) / 2),
             frameon=False,
             fontsize=11,
         )
@@ -194,3 +271,21 @@ def draw(name: str, rows: list[dict], path: Path) -> None:
     picture = figure(name, rows)
     with replacing(path) as temporary:
         picture.savefig(temporary, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    out = parser.parse_args().out
+    names = [name for name in TITLES if (out / f"{name}.json").exists()]
+    if not names:
+        raise InputError(f"{out}: holds no table of reproduce.py")
+    for name in names:
+        draw(name, read_json(out / f"{name}.json", LIST), out / f"{name}.png")
+        print(out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    command(main)

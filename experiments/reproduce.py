@@ -16,12 +16,14 @@ is trained on them. Everything made is kept in --out, so that a run that was sto
 NAME.json holds mean and spread (smallest and largest) over the seeds, NAME.png shows them where
 matplotlib is installed. --scale multiplies people, texts, questions and the bases' parameters.
 
+Rows of a base "alone", without a value model, say what there was before anything was trained.
+
     python experiments/reproduce.py table1 --commands --out DIR > table1.sh    # at full size
 
-At full size DIR/family holds (links to) Hugging Face directories by the names above, general.jsonl
-and skill.jsonl with chats, questions.jsonl with prompts and, for figure4, documents.json with
-texts. The script trains with the paper's Table 5 and writes replies, which its benchmarks are to
-judge.
+prints a shell script that does the first half of a table with real models: it trains with the
+paper's Table 5 and writes replies. No score follows from it. Its head says which models and data it
+expects in DIR/family, its end which replies the paper's benchmarks are to judge, and what of the
+table it has no way to measure.
 """
 
 import argparse
@@ -115,15 +117,18 @@ RECIPES = {  # the long ones first
 
 def recipe_of(base: str, system: str) -> str:
     """The name of the recipe behind a row of a table; proxy tuning's expert is the small model
-    fully fine-tuned.
+    fully fine-tuned. A base alone has a name, "BASE alone", but nothing to train.
     """
-    if system in ("full", "probe"):
+    if system in ("full", "probe", "alone"):
         return f"{base} {system}"
     return {"proxy": "small full", "same vocabulary": "other-small"}.get(system, system)
 
 
 def mapped(base: str, system: str) -> bool:
-    return base == "other" and not RECIPES[recipe_of(base, system)].start.startswith("other")
+    """Whether a row's value model has another tokenizer than the base."""
+    if base != "other" or system == "alone":
+        return False
+    return not RECIPES[recipe_of(base, system)].start.startswith("other")
 
 
 def watched_base(value: Connected, load_base: Callable[[], Llama]) -> Llama:
@@ -168,18 +173,18 @@ SMALL, MEDIUM = ("small", "small norm", "small skill"), ("medium", "medium norm"
 TABLES = {  # scores and rows: base, system
     "table1": (
         SCORES,
-        [("small", system) for system in ("full", "small", "small norm")]
+        [("small", system) for system in ("alone", "full", "small", "small norm")]
         + [
             (base, system)
             for base in ("medium", "large", "xlarge", "continued")
-            for system in ("full", *SMALL, *MEDIUM)
+            for system in ("alone", "full", *SMALL, *MEDIUM)
         ],
     ),
     "table2": (
         SCORES[:4],
-        [("xlarge", system) for system in ("small", "small norm", "curriculum")],
+        [("xlarge", system) for system in ("alone", "small", "small norm", "curriculum")],
     ),
-    "table4": (SCORES[:4], [("medium", "small"), ("medium", "proxy")]),
+    "table4": (SCORES[:4], [("medium", system) for system in ("alone", "small", "proxy")]),
     "figure2": (
         SCORES[:2],
         [(base, system) for base in ("small", "medium", "large") for system in ("probe", "full")]
@@ -190,14 +195,21 @@ TABLES = {  # scores and rows: base, system
         [
             (base, system)
             for base in ("small", "large")
-            for system in ("cascade", "cascade+", "small")
+            for system in ("alone", "cascade", "cascade+", "small")
         ],
     ),
     "figure4": (
         SCORES[:2],
         [
             ("other", system)
-            for system in ("full", "same vocabulary", "small", "small norm", "curriculum")
+            for system in (
+                "alone",
+                "full",
+                "same vocabulary",
+                "small",
+                "small norm",
+                "curriculum",
+            )
         ],
     ),
 }
@@ -220,9 +232,13 @@ def score(
     base: str, system: str, kinds: Sequence[str], seed: int, out: Path, device: torch.device
 ) -> dict[str, float]:
     """Scores of one row for one seed, those that seedN/RECIPE/scores.json already has and those
-    that it will have then.
+    that it will have then; a base alone keeps its own, which are the same for every seed.
     """
-    directory = trained(recipe_of(base, system), seed, out, device)
+    bases = out / "family"
+    if system == "alone":
+        directory = bases / base
+    else:
+        directory = trained(recipe_of(base, system), seed, out, device)
     kept = directory / "scores.json"
     scores = read_json(kept, TABLE) if kept.exists() else {}
     key = f"{system} on {base}"
@@ -232,10 +248,9 @@ def score(
         return known
 
     # base and value model, as they are joined
-    bases = out / "family"
     connection, tokenizer = recorded_connection(directory), Tokenizer(directory)
     value = Probe.load(directory, device) if connection == "probe" else load(directory, device)
-    if system == "full":
+    if system in ("full", "alone"):  # the model of this directory answers without another
         pair = value, None
     else:
         pair = connected(connection, load(bases / base, device), value)
@@ -280,8 +295,8 @@ def show(name: str, rows: list[dict], out: Path) -> None:
 
 
 def planned(names: Sequence[str]) -> dict[str, dict[tuple[str, str], list[str]]]:
-    """Recipe → rows of these tables → scores. Table 3 has no scores of its own, but needs a value
-    model.
+    """Recipe → rows of these tables → scores; bases alone, for which nothing is trained, come last.
+    Table 3 has no scores of its own, but needs a value model.
     """
     recipes: dict[str, dict[tuple[str, str], list[str]]] = {}
     for name in names:
@@ -289,13 +304,105 @@ def planned(names: Sequence[str]) -> dict[str, dict[tuple[str, str], list[str]]]
         for row in rows:
             wanted = recipes.setdefault(recipe_of(*row), {}).setdefault(row, [])
             wanted += [key for key in keys if key not in wanted]
-    return {name: recipes[name] for name in RECIPES if name in recipes}
+    alone = sorted(recipes.keys() - RECIPES.keys())
+    return {name: recipes[name] for name in (*RECIPES, *alone) if name in recipes}
+
+
+# what plays the family's parts at full size, each in DIR/family
+PARTS = {
+    "small": "TinyLlama-1.1B",
+    "medium": "Llama-2-7B",
+    "large": "Llama-2-13B",
+    "xlarge": "Llama-2-70B",
+    "continued": "CodeLlama-7B, which is Llama-2-7B after more pre-training",
+    "other": "Llama-3-8B",
+    "other-small": "Llama-3.2-1B",
+    "general.jsonl": "ShareGPT, about 86,000 chats",
+    "skill.jsonl": "InfinityInstruct-7M, chats about code and mathematics",
+    "questions.jsonl": "the prompts of the benchmarks that are named at the end, a chat a line",
+    "documents.json": "a list of texts, in which vocab_map.py counts which tokens go together",
+}
+CHATTED = "MT-Bench (first turns; its judge is GPT-4)"
+ZERO_SHOT = "IFEval, ToxiGen, GSM8K, MBPP, HumanEval"
+FEW_SHOT = "ARC (25-shot), HellaSwag (10), MMLU (5), TruthfulQA (0), Winogrande (5)"
+# the paper's benchmarks: of replies, and those that compare likelihoods of given answers
+JUDGES = {
+    "figure2": (CHATTED, ""),
+    "figure3": (CHATTED, ""),
+    "figure4": (CHATTED, ""),
+    "table1": (f"{CHATTED}, {ZERO_SHOT}", FEW_SHOT),
+    "table2": (f"{CHATTED}, {ZERO_SHOT}", FEW_SHOT),
+    "table4": (CHATTED, FEW_SHOT),
+}
+
+
+def replies_of(base: str, system: str, seed: object, out: Path) -> Path:
+    """Where the script of --commands writes the replies of a row; a base alone has no seeds."""
+    if system == "alone":
+        return out / "alone" / f"{base}.jsonl"
+    return out / f"seed{seed}" / recipe_of(base, system).replace(" ", "-") / f"{base}.jsonl"
+
+
+def script(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
+    """The lines of a shell script: what it needs, whether that is there, the commands, and what is
+    left to judge.
+    """
+    body = [*commands(names, seeds, out)]
+    words = {word for line in body for word in shlex.split(line)}
+    needed = [part for part in PARTS if str(out / "family" / part) in words]
+
+    # the head: what is expected, and where
+    yield "set -eu"
+    yield f"# At full size: {', '.join(names)}. To be run in the root of the repository."
+    yield "# It trains and writes replies, and judges nothing: see the end. Each command has one"
+    yield "# GPU; for a base that is too large for that see experiments/plan.py."
+    if needed:
+        yield "#"
+        yield "# Expected are bases, not chat models, as Hugging Face has them (config, weights and"
+        yield "# tokenizer in a directory), and chats in the forms that train.py reads:"
+    for part in needed:
+        yield f"#     {out / 'family' / part}: {PARTS[part]}"
+
+    # nothing is trained before all of it is there
+    if needed:
+        yield ""
+        yield "for needed in \\"
+        yield " \\\n".join("    " + shlex.quote(str(out / "family" / part)) for part in needed)
+        yield "do"
+        yield '    if [ ! -e "$needed" ]; then'
+        yield '        echo "error: $needed is not there; this script\'s head says what it is" >&2'
+        yield "        exit 2"
+        yield "    fi"
+        yield "done"
+    yield ""
+    yield from body
+
+    # what is left
+    yield ""
+    yield "cat <<'END'"
+    for name in names:
+        yield from left_to_judge(name, out)
+    yield "END"
+
+
+def left_to_judge(name: str, out: Path) -> Iterator[str]:
+    """What the script of a table does not do."""
+    if name == "table3":
+        yield "table3: nothing is left; bench.py has printed time and memory, with random weights"
+        return
+    of_replies, of_answers = JUDGES[name]
+    yield f"{name}: left to judge are, by {of_replies}, the replies in"
+    for base, system in TABLES[name][1]:
+        who = f"{base} alone" if system == "alone" else f"{system} on {base}"
+        yield f"    {replies_of(base, system, '*', out)}: {who}"
+    if of_answers:
+        yield f"and, for the same systems, {of_answers}:"
+        yield "    they compare likelihoods of given answers, which nothing here writes yet"
+    yield "and MT-Bench's second turns, which are asked after the replies to the first"
 
 
 def commands(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
-    """The lines of a shell script that trains and asks every system of these tables with train.py
-    and sample.py.
-    """
+    """The commands that train and ask every system of these tables with train.py and sample.py."""
 
     def line(*words: object) -> str:
         return shlex.join(map(str, words))
@@ -315,32 +422,38 @@ def commands(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
     recipes = planned([name for name in names if name in TABLES])
     for seed, (name, rows) in itertools.product(range(seeds), recipes.items()):
         # what is trained
-        recipe = RECIPES[name]
         trained_to = out / f"seed{seed}" / name.replace(" ", "-")
-        connection = recipe.settings.get("connection", "residual")
-        if recipe.beside:
-            how = ["--base", *(bases / base for base in recipe.beside), "--connection", connection]
-            how += ["--lam", 1.0 if "lam" in recipe.settings else 0.0]
-            if connection != "probe":
-                how += ["--value", bases / recipe.start]
-            if recipe.random:
-                how += ["--random"]
-        else:
-            how = ["--base", bases / recipe.start, "--full"]
-        how += ["--data", bases / f"{recipe.data}.jsonl", "--seed", seed, "--out", trained_to]
-        yield line("python", "train.py", *how)
+        if name in RECIPES:
+            recipe = RECIPES[name]
+            connection = recipe.settings.get("connection", "residual")
+            if recipe.beside:
+                how = ["--base", *(bases / base for base in recipe.beside)]
+                how += ["--connection", connection]
+                how += ["--lam", 1.0 if "lam" in recipe.settings else 0.0]
+                if connection != "probe":
+                    how += ["--value", bases / recipe.start]
+                if recipe.random:
+                    how += ["--random"]
+            else:
+                how = ["--base", bases / recipe.start, "--full"]
+            how += ["--data", bases / f"{recipe.data}.jsonl", "--seed", seed, "--out", trained_to]
+            yield line("python", "train.py", *how)
+        elif seed > 0:  # a base alone is asked once
+            continue
 
         # and what is asked of it
         for base, system in rows:
             how = ["--base", bases / base, "--value", trained_to]
             if system == "full":
                 how = ["--base", trained_to, "--value", "none"]
+            if system == "alone":
+                how = ["--base", bases / base, "--value", "none"]
             if system == "proxy":
                 how += ["--antiexpert", bases / "small"]
             if mapped(base, system):
                 how += ["--map", vocabulary_map]
             how += ["--prompts", bases / "questions.jsonl"]
-            how += ["--out", trained_to / f"{base}.jsonl"]
+            how += ["--out", replies_of(base, system, seed, out)]
             yield line("python", "sample.py", *how)
 
 
@@ -435,7 +548,7 @@ def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: to
 
     # the bases that are asked about, begun from or trained beside
     needed = {base for rows in recipes.values() for base, _ in rows}
-    for name in recipes:
+    for name in recipes.keys() & RECIPES.keys():
         needed |= {RECIPES[name].start, *RECIPES[name].beside}
     if "table3" in names:
         needed |= {base for base, _ in COSTS}
@@ -446,11 +559,12 @@ def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: to
     jobs = [partial(make_bases, group, out / "family", scale, device) for group in groups if group]
     run(jobs, "bases", device)
 
-    # each model is trained and scored, for each seed
+    # each model is trained and scored, for each seed; a base alone is the same for all
     jobs = [
         partial(score_rows, rows, seed, out, device)
         for seed in range(seeds)
-        for rows in recipes.values()
+        for name, rows in recipes.items()
+        if seed == 0 or name in RECIPES
     ]
     run(jobs, "training and scoring", device)
 
@@ -479,7 +593,7 @@ def main() -> None:
     parser.add_argument(
         "--commands",
         action="store_true",
-        help="print what train.py and sample.py are to do at full size",
+        help="print a shell script that trains and writes replies at full size, and judges nothing",
     )
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -492,7 +606,9 @@ def main() -> None:
     if args.name == "all":
         chosen = sorted(names)
     if args.commands:
-        print(*commands(chosen, args.seeds, args.out), sep="\n")
+        if not chosen:
+            raise InputError(f"--commands: {args.name} trains nothing; it reads tables")
+        print(*script(chosen, args.seeds, args.out), sep="\n")
         return
     if chosen:
         tables(chosen, args.scale, args.seeds, args.out, pick_device(args.device))

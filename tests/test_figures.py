@@ -1,8 +1,10 @@
 """The pictures of made-up tables: what stands in them is what the rows say."""
 
+import json
 import sys
 
 import pytest
+from conftest import assert_refused
 
 from experiments import figures, reproduce
 from experiments.family import SCORES
@@ -75,7 +77,7 @@ def test_a_png_and_nothing_else(figure, tmp_path, name):
 def test_bars_say_the_rows(figure, name):
     picture, rows = figure(name, made(name)), made(name)
     assert drawn(picture) == said(rows, single=name != "figure2")
-    labels = {text.get_text() for text in picture.legends[0].get_texts()}
+    labels = {text.get_text() for text in picture.subfigs[0].legends[0].get_texts()}
     assert labels == {figures.SYSTEMS[row["system"]][1] for row in rows}
     numbers = {text.get_text() for axes in picture.axes for text in axes.texts}
     assert numbers == {f"{row[key]['mean']:.2f}" for row in rows for key in TABLES[name][0]}
@@ -88,26 +90,111 @@ def test_figure_3_calls_the_value_model_residual(figure):
     }
 
 
-def test_table_1_has_full_fine_tuning_as_a_line(figure):
+def test_table_1_has_full_fine_tuning_and_the_base_alone_as_lines(figure):
     picture, rows = figure("table1", made("table1")), made("table1")
-    full = [row for row in rows if row["system"] == "full"]
-    values = said([row for row in rows if row["system"] != "full"])
+    values = said([row for row in rows if row["system"] not in ("full", "alone")])
     assert drawn(picture) == {
         place: x for place, x in values.items() if place[0] != "new" or place[1] == "continued"
     }
+
     for axes in picture.axes[:5]:
-        key, (lines,) = (
-            axes.get_title("left"),
-            [x for x in axes.collections if x.get_label() == "full fine-tuning"],
-        )
-        scores = [row[key] for row in full if key != "new" or row["base"] == "continued"]
-        assert [y for (_, y), _ in lines.get_segments()] == pytest.approx(
-            [score["mean"] for score in scores]
-        )
-        (band,) = [x for x in axes.containers if hasattr(x, "patches") and not x.errorbar]
-        assert [
-            x for bar in band for x in (bar.get_y(), bar.get_y() + bar.get_height())
-        ] == pytest.approx([score[x] for score in scores for x in ("least", "most")])
+        key = axes.get_title("left")
+        bands = [x for x in axes.containers if hasattr(x, "patches") and not x.errorbar]
+        for system, band in zip(("alone", "full"), bands, strict=True):
+            here = [row for row in rows if row["system"] == system]
+            scores = [row[key] for row in here if key != "new" or row["base"] == "continued"]
+
+            # the line: a mean in each group, across its bars
+            label = figures.SYSTEMS[system][1]
+            (lines,) = [x for x in axes.collections if x.get_label() == label]
+            segments = lines.get_segments()
+            assert [y for (_, y), _ in segments] == pytest.approx([x["mean"] for x in scores])
+            assert [x for (x, _), _ in segments] == pytest.approx(
+                [i - 0.46 for i in range(len(scores))]
+            )
+
+            # the band: from the smallest to the largest
+            ends = [y for bar in band for y in (bar.get_y(), bar.get_y() + bar.get_height())]
+            assert ends == pytest.approx([x[end] for x in scores for end in ("least", "most")])
+
+    # a sixth panel would be empty: it holds the legend
+    free = picture.axes[5]
+    assert not free.axison and not free.has_data()
+    labels = {text.get_text() for text in free.get_legend().get_texts()}
+    assert labels == {figures.SYSTEMS[row["system"]][1] for row in rows}
+
+
+def caption_of(picture) -> str:
+    """What stands under a picture, in one line."""
+    (text,) = picture.subfigs[1].texts
+    return text.get_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_caption_says_what_each_score_means_and_no_other(figure, name):
+    below = caption_of(figure(name, made(name)))
+    shown = {key.split()[0] for key in TABLES[name][0]}
+    assert {key for key in figures.MEANINGS if f"{key}: {figures.MEANINGS[key]}" in below} == shown
+    assert {key for key in figures.MEANINGS if f"{key}:" in below} == shown
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_all_text_stands_on_the_picture_and_titles_near_their_axes(figure, name):
+    # the shortest numbers, and the longest bars with numbers above them
+    for top in (0.0, 0.95):
+        rows = made(name)
+        for row in rows:
+            for key in row.keys() & {*SCORES}:
+                row[key] = {x: y + top * (1 - y) for x, y in row[key].items()}
+        picture = figure(name, rows)
+        picture.canvas.draw()
+        width, height = picture.bbox.size
+
+        (caption,) = picture.subfigs[1].texts
+        box = caption.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= width and 0 <= box.y0
+        lowest = min(axes.get_tightbbox().y0 for axes in picture.axes)
+        assert box.y1 < lowest
+
+        for axes in picture.axes:
+            title = axes._left_title.get_window_extent()
+            if title.width == 0:
+                continue
+            gap = title.y0 - axes.get_window_extent().y1
+            assert 0 < gap < 10 / 72 * picture.dpi  # 10 points
+            assert all(text.get_window_extent().y1 < title.y1 for text in axes.texts)
+            assert not any(title.overlaps(text.get_window_extent()) for text in axes.texts)
+
+
+def test_a_score_that_is_0_for_all_has_no_panel_and_the_caption_says_so(figure):
+    nothing = {"mean": 0, "least": 0, "most": 0}
+    for name, key in (("table1", "skill"), ("figure3", "form"), ("table4", "skill")):
+        rows = [row | {key: nothing} for row in made(name)]
+        picture = figure(name, rows)
+        places = [axes.get_title("left") for axes in picture.axes]
+        places += [x.get_text() for axes in picture.axes for x in axes.get_xticklabels()]
+        assert key not in places and "right" in places
+        assert f"{key} ({figures.MEANINGS[key]}): 0 for all, left out." in caption_of(picture)
+        assert f"{key}:" not in caption_of(picture)
+
+        # once above 0, in one seed: no longer
+        rows[-1] = rows[-1] | {key: nothing | {"most": 0.01}}
+        assert "left out" not in caption_of(figure(name, rows))
+
+    # where all are 0 there is nothing else to show
+    rows = [row | dict.fromkeys(("form", "right"), nothing) for row in made("figure3")]
+    assert [axes.get_title("left") for axes in figure("figure3", rows).axes] == ["form", "right"]
+
+
+def test_pictures_are_drawn_again_from_a_folder(figure, run, tmp_path):
+    assert_refused(run("experiments/figures.py", "--out", tmp_path), "no table of reproduce.py")
+    (tmp_path / "table4.json").write_text(json.dumps(made("table4")))
+    (tmp_path / "findings.json").write_text("[]")
+    result = run("experiments/figures.py", "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(tmp_path / "table4.png")]
+    made_now = sorted(path.name for path in tmp_path.iterdir())
+    assert made_now == ["findings.json", "table4.json", "table4.png"]
 
 
 def test_table_3_has_lines_over_tokens(figure):
