@@ -16,7 +16,7 @@ is trained on them. Everything made is kept in --out, so that a run that was sto
 NAME.json holds mean and spread (smallest and largest) over the seeds, NAME.png shows them where
 matplotlib is installed. --scale multiplies people, texts, questions and the bases' parameters.
 
-Rows of a base "alone", without a value model, say what there was before anything was trained.
+Rows of a base "alone", without a value model, say what it knew before anything was trained.
 
     python experiments/reproduce.py table1 --commands --out DIR > table1.sh    # at full size
 
@@ -125,10 +125,7 @@ def recipe_of(base: str, system: str) -> str:
 
 
 def mapped(base: str, system: str) -> bool:
-    """Whether a row's value model has another tokenizer than the base."""
-    if base != "other" or system == "alone":
-        return False
-    return not RECIPES[recipe_of(base, system)].start.startswith("other")
+    return base == "other" and not RECIPES[recipe_of(base, system)].start.startswith("other")
 
 
 def watched_base(value: Connected, load_base: Callable[[], Llama]) -> Llama:
@@ -170,7 +167,9 @@ def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
 # ---------------------------------------------------------------- tables
 
 SMALL, MEDIUM = ("small", "small norm", "small skill"), ("medium", "medium norm")
-TABLES = {  # scores and rows: base, system
+# scores and rows: base, system. A base alone stands where few-shot is asked, the one score that it
+# has without having been trained to answer
+TABLES = {
     "table1": (
         SCORES,
         [("small", system) for system in ("alone", "full", "small", "small norm")]
@@ -195,21 +194,14 @@ TABLES = {  # scores and rows: base, system
         [
             (base, system)
             for base in ("small", "large")
-            for system in ("alone", "cascade", "cascade+", "small")
+            for system in ("cascade", "cascade+", "small")
         ],
     ),
     "figure4": (
         SCORES[:2],
         [
             ("other", system)
-            for system in (
-                "alone",
-                "full",
-                "same vocabulary",
-                "small",
-                "small norm",
-                "curriculum",
-            )
+            for system in ("full", "same vocabulary", "small", "small norm", "curriculum")
         ],
     ),
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import assert_refused
@@ -9,6 +10,7 @@ from conftest import assert_refused
 from experiments import figures, reproduce
 from experiments.family import SCORES
 
+RESULTS = Path(figures.__file__).parent / "results"
 COSTS = [f"{unit} {tokens}" for unit in ("seconds", "MB") for tokens in reproduce.LENGTHS]
 TABLES = reproduce.TABLES | {"table3": (COSTS, reproduce.COSTS)}  # scores; rows: base, system
 
@@ -194,6 +196,13 @@ def test_pictures_are_drawn_again_from_a_folder(figure, run, tmp_path):
     assert result.stdout.split() == [str(tmp_path / "table4.png")]
     made_now = sorted(path.name for path in tmp_path.iterdir())
     assert made_now == ["findings.json", "table4.json", "table4.png"]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_results_have_the_rows_of_their_tables(name):
+    rows = json.loads((RESULTS / f"{name}.json").read_text())
+    assert [(row["base"], row["system"]) for row in rows] == TABLES[name][1]
+    assert all(row.keys() == {"base", "system", *TABLES[name][0]} for row in rows)
 
 
 def test_table_3_has_lines_over_tokens(figure):

@@ -58,7 +58,7 @@ def test_a_table_is_made_and_what_is_there_is_not_made_again(tmp_path):
         }
 
     made = times()
-    assert len(made) == 2 * (2 + 3)  # two bases, three value models, and the scores of each
+    assert len(made) == 2 + 3 * 2  # two bases, three value models and their scores
     assert reproduce_py(*args).stdout == result.stdout and times() == made
     result = reproduce_py("figure3", "--scale", 0.03, "--out", tmp_path)
     assert (
