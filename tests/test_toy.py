@@ -3,15 +3,20 @@
 import json
 import random
 import re
+import shlex
 
 import pytest
 import torch
+from conftest import ROOT
 
+import sample
 from chats import read_chats
 from data import Tokenizer
 from experiments import toy
 from files import InputError
 from model import load
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +108,7 @@ def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_table_tells_the_story(run, tmp_path):
+def test_the_table_tells_the_story(run, tmp_path, monkeypatch):
     result = run("train.py", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "results.json").read_text())
@@ -114,17 +119,40 @@ def test_the_table_tells_the_story(run, tmp_path):
     assert plugged["form"] >= 0.95 and plugged["right"] >= max(0.80, 0.9 * full["right"])
     assert rows["small", "value"]["right"] <= 0.65
     assert plugged["value_parameters"] <= plugged["base_parameters"] / 4
-    question = read_chats(tmp_path / "heldout.jsonl").chats[0].messages
-    command = result.stdout.strip().splitlines()[-1]
-    assert command.startswith(
-        f"  python sample.py --base {tmp_path}/large --value {tmp_path}/value"
-    )
-    reply = run(
-        "sample.py",
-        "--base",
-        tmp_path / "large",
-        "--value",
-        tmp_path / "value",
-        question[0]["content"],
-    )
-    assert toy.FORM.fullmatch(reply.stdout.strip())
+
+    # what is suggested in the end is answered rightly
+    known = {chat[0]["content"]: chat[-1]["content"] for chat in held_out(tmp_path)}
+    _, _, *words = shlex.split(result.stdout.strip().splitlines()[-1])
+    assert words[:4] == ["--base", f"{tmp_path}/large", "--value", f"{tmp_path}/value"]
+    assert run("sample.py", *words).stdout.strip() == known[words[-1]]
+
+    # and so is what the README shows
+    monkeypatch.setattr(sample, "TOY", tmp_path)
+    shown = re.findall(r"^\$ python sample\.py (.*)\n(.*)", README, re.MULTILINE)
+    assert len(shown) >= 2
+    for command, reply in shown:
+        said = run("sample.py", *shlex.split(command)).stdout
+        if toy.FORM.fullmatch(reply):
+            assert said.strip() == reply == known[shlex.split(command)[-1]]
+        else:
+            assert "--value none" in command and not toy.FORM.search(said)
+
+    # the page of two bases
+    page = re.search(r"^python sample\.py (--html .*?)  #", README, re.MULTILINE)[1]
+    words = shlex.split(page.replace("out/toy", str(tmp_path)))
+    words[1] = str(tmp_path / words[1])
+    assert run("sample.py", *words).returncode == 0
+    assert "</html>" in (tmp_path / "reply.html").read_text()
+
+    # the curves: form comes with the first steps, and from the small base to the large one
+    log = [json.loads(line) for line in (tmp_path / "value" / "log.jsonl").read_text().splitlines()]
+    watched = {line["step"] + 1: line for line in log if "form, large" in line and "loss" in line}
+    assert {8, 16, 32, 64, 128, 256} <= set(watched)
+    assert watched[256]["form, large"] >= 0.9 > 0.5 > watched[8]["form, large"]
+    assert watched[256]["right, large"] > watched[256]["right, small"]
+    assert (tmp_path / "value" / "curve.png").exists()
+    assert "held-out loss: " in result.stdout and "warning" not in result.stderr
+
+
+def held_out(family) -> list[list[dict]]:
+    return [chat.messages for chat in read_chats(family / "heldout.jsonl").chats]
