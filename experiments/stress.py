@@ -363,7 +363,7 @@ class Kills:
         """The training, or the rest of it if there is a checkpoint."""
         world = self.work / "world"
         argv = f"--base {world}/base --value {world}/value {CHATS} --data {world}/chats.json"
-        argv += " --epochs 6 --save_every 2 --out out"
+        argv += " --epochs 6 --save_every 2 --keep best --out out"
         if (folder / "out" / "checkpoint.safetensors").exists():
             argv += " --resume"
         return Child(main, argv.split(), folder, cache=self.cache)
