@@ -308,9 +308,11 @@ def writing(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary name, which replaces `path` if the block ends without an error."""
-    path = Path(path)
-    refuse_non_file(path)
+    """Gives a temporary name, which replaces `path` if the block ends without an error. A link
+    stays a link: what it leads to is replaced.
+    """
+    refuse_non_file(Path(path))
+    path = Path(os.path.realpath(path))
     temporary = temporary_for(path)
     try:
         with writing(path):
@@ -327,7 +329,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def refuse_non_file(path: Path) -> None:
     """Raises InputError for a folder, and for a device, say, in whose place a file would stand."""
-    if path.exists() and not path.is_file():
+    # (/dev/stdout is a file wherever it is redirected to one)
+    of_system = str(path.absolute()).startswith(("/dev/", "/proc/"))
+    if of_system or (path.exists() and not path.is_file()):
         raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
 
 
@@ -501,10 +505,12 @@ def refuse_overwriting(
 
 
 def refuse_part_of_model(option: str, file: str | Path, *directories: str | Path | None) -> None:
-    """Raises InputError if what is to be written is a file of one of these models."""
+    """Raises InputError if what is to be written is a file of one of these models, or might be
+    taken for one.
+    """
     models = [Path(model).resolve() for model in directories if model not in (None, "none")]
-    if Path(file).exists() and Path(file).resolve().parent in models:
-        raise InputError(f"--{option} {file}: is part of a model; give another name")
+    if Path(file).resolve().parent in models:
+        raise InputError(f"--{option} {file}: is part of a model; give another folder")
 
 
 # ---------------------------------------------------------------- strangers' programs
@@ -584,6 +590,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def spare_a_core(device: torch.device) -> None:
+    """On a CPU, one core is left to others: a product waits for the slowest of its threads."""
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
+
+
 def peak_memory(device: torch.device) -> float:
     """The most memory taken so far, in GB: the device's on CUDA, else the whole program's."""
     if device.type == "cuda":
@@ -604,10 +616,12 @@ def model_directory(path: str) -> str:
     if Path(path).is_dir():
         return path
     problem = f"{path} is no directory"
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
-        name = path.split("/")[1]
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) and not Path(path).exists():
+        source, name = path, path.split("/")[-1]
+        if "/" not in path:
+            source = f"OWNER/{name}"
         problem += (
-            f" here; if it is a model of the Hugging Face Hub, `hf download {path} --local-dir "
+            f" here; if it is a model of the Hugging Face Hub, `hf download {source} --local-dir "
             f"{name}` makes the directory {name}"
         )
     raise argparse.ArgumentTypeError(problem)
@@ -617,6 +631,8 @@ class Parser(argparse.ArgumentParser):
     """A command line of which each fault is one line, like all others."""
 
     def error(self, message: str):
+        if message.startswith("unrecognized arguments"):
+            message += " (a text of several words needs quotes)"
         raise InputError(message)
 
     def with_underscores(self, word: str) -> str:
@@ -629,13 +645,15 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if argv is None else argv
         words = [self.with_underscores(word) for word in words]
         args = super().parse_args(words, namespace)
-        for name, value in vars(args).items():
+        options = {action.dest for action in self._actions if action.option_strings}
+        for dest, value in vars(args).items():
+            name = f"--{dest}" if dest in options else f"the {dest}"
             words = value if isinstance(value, list) else [value]
             for word in filter(lambda word: isinstance(word, str), words):
                 if not word:
-                    raise InputError(f"--{name} is empty; leave it out, or fill it in")
+                    raise InputError(f"{name} is empty; leave it out, or fill it in")
                 if "\0" in word or word.encode(errors="replace").decode() != word:
-                    raise InputError(f"--{name} {word!r}: holds a NUL, or is not UTF-8")
+                    raise InputError(f"{name} {word!r}: holds a NUL, or is not UTF-8")
         return args
 
 
@@ -690,9 +708,14 @@ OUT_OF_MEMORY = (
 )
 
 
-def fail(message: str) -> None:
-    """One line on stderr, whatever the message holds, and exit status 2."""
+def complain(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
     print("error: " + visible(" ".join(message.split())), file=sys.stderr)
+
+
+def fail(message: str) -> None:
+    """One line on stderr, and exit status 2."""
+    complain(message)
     sys.exit(2)
 
 

@@ -405,10 +405,10 @@ def choose(
 
 
 def never(ids: Tensor, choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A `choose` that never takes one of these ids.  ids (n,), on the device of the logits"""
+    """A `choose` that never takes one of these ids.  ids (n,)"""
 
     def choose_others(logits: Tensor, *how) -> Tensor:
-        return choose(logits.index_fill(-1, ids, -torch.inf), *how)
+        return choose(logits.index_fill(-1, ids.to(logits.device), -torch.inf), *how)
 
     return choose_others
 

@@ -136,7 +136,9 @@ class Config:
             "partial_rotary_factor": [1.0, None],
         }
         if raw.get("model_type") == "mistral":
-            # it is a Llama, unless its tokens see only a window of those before them
+            # it is a Llama, unless its tokens see only a window of those before them; without a
+            # word about it, Hugging Face takes a window of 4096
+            raw.setdefault("sliding_window", 4096)
             supported["sliding_window"] = [None]
         for field, allowed in supported.items():
             if raw.get(field) not in allowed:

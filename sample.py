@@ -35,6 +35,7 @@ from files import (
     InputError,
     Parser,
     command,
+    complain,
     given,
     main_process,
     model_directory,
@@ -45,6 +46,7 @@ from files import (
     read_text,
     refuse_overwriting,
     refuse_part_of_model,
+    spare_a_core,
     torchrun,
     visible,
     whole,
@@ -118,6 +120,7 @@ class Speaker:
         self.args = args
         self.device = pick_device(args.device)
         self.mapping = None
+        self.graphs: dict[tuple, object] = {}
         self.match_vocabularies()  # tokenizer, mapping, vocabulary
         self.load_models()  # connection, base, value, antiexpert, context, choose
         self.join_models()  # base and value as one reads with them, measures
@@ -216,8 +219,6 @@ class Speaker:
     def make_fast(self, models: list[Llama]) -> None:
         """Lays the models out for this machine."""
         if self.device.type == "cpu":
-            # one core is left to others: a product waits for the slowest of its threads
-            torch.set_num_threads(max(1, torch.get_num_threads() - 1))
             for model in models:
                 column_major(model)
         if self.args.compile:
@@ -261,17 +262,21 @@ class Speaker:
         if devices == {"cuda"} and self.mapping is None:
             from extras.graphs import Graphs
 
-            return Graphs(base, value, **options).generate
+            # kept, since a chat asks for them again: recording them takes time and memory
+            key = id(base), id(value), alpha
+            if key not in self.graphs:
+                self.graphs[key] = Graphs(base, value, **options)
+            return self.graphs[key].generate
         return partial(generate, base, value, **options)
 
-    # ------------------------------------------------------------ prompts
+    # ------------------------------------------------------------ what a chat changes and asks
 
     def value_alone(self) -> Callable:
         """A decoder of the value model by itself. Raises InputError if it cannot be alone."""
         if self.value is None:
             raise InputError("there is no value model here")
         if not isinstance(self.value, Llama):
-            raise InputError("this value model needs its base, it says nothing alone")
+            raise InputError("this value model cannot speak alone")
         return self.decoder(self.value, None, 1.0)
 
     def set_alpha(self, text: str) -> None:
@@ -284,14 +289,21 @@ class Speaker:
             raise InputError(f"/alpha {text}: {error}") from None
         self.generate = self.decoder(self.base, self.value, self.args.alpha)
 
+    def set_system(self, text: str) -> None:
+        """Changes the system prompt; "": none. Raises InputError if the template has no place for
+        it.
+        """
+        if text:
+            question = {"role": "user", "content": "?"}
+            self.prompt([{"role": "system", "content": text}, question])
+        self.args.system = text or None
+
     def introduction(self) -> str:
         """What there is to know before the first question: of the toy, whom it knows."""
-        family = Path(self.args.base).parent
-        if not (family / "family.json").exists():
-            return ""
-        from experiments import toy
+        path = Path(self.args.base).parent / "introduction.txt"
+        return visible(read_text(path)) if path.exists() else ""
 
-        return toy.introduction(family)
+    # ------------------------------------------------------------ prompts
 
     def opening(self) -> list[dict]:
         """What a chat begins with: the system prompt, if there is one."""
@@ -386,10 +398,11 @@ class Speaker:
     def whole_reply(self, prompt: list[int]) -> list[int]:
         """The ids of one reply, when it is whole."""
         reply = GrowingReply(self.tokenizer, self.args.stop)
-        for ids in self.replies([prompt]):
-            reply.step(ids[0])
-            if reply.ended:
-                break
+        with suppress(KeyboardInterrupt):
+            for ids in self.replies([prompt]):
+                reply.step(ids[0])
+                if reply.ended:
+                    break
         return reply.ids
 
     def explain(self, prompt: list[int], reply: list[int]) -> dict | None:
@@ -429,12 +442,13 @@ def explain(speaker: Speaker, prompt: list[int]) -> None:
     columns = []
     for one in speakers:
         if args.compare:
-            print(f"(over {one.args.base})", file=sys.stderr)
+            print(f"over {one.args.base}:", flush=True)
         columns.append(one.explain(prompt, one.whole_reply(prompt)))
     if args.html:
         from extras.page import page
 
         write_text(args.html, page(args.question, columns, args.alpha))
+        aside(f"wrote {args.html}: open it in a browser")
 
 
 def aside(words: str) -> None:
@@ -448,7 +462,7 @@ HELP = """\
 /base          the last question again, answered by the base alone
 /value         the same by the value model alone
 /alpha 0.5     the same with half of the value model, and so from now on
-/explain       the last reply, each token coloured by who decided it
+/explain       the pair's last reply, each token coloured by who decided it
 /system TEXT   begin anew with this system prompt
 /clear         begin anew
 /help, /exit   this; the end (or Ctrl-D)"""
@@ -496,13 +510,17 @@ class Chat:
             try:
                 self.obey(line)
             except InputError as error:
-                print(f"error: {error}", file=sys.stderr)
+                complain(str(error))
 
     def obey(self, line: str) -> None:
         """One line: a command or a question. Raises InputError."""
         speaker = self.speaker
+        if line.encode(errors="replace").decode() != line:
+            raise InputError("this line is not UTF-8")
         command, _, text = line.partition(" ")
         text = text.strip()
+        if text and command in ("/help", "/exit", "/clear", "/base", "/value", "/explain"):
+            raise InputError(f"nothing can stand after {command}")
         if not line:
             return
         if not line.startswith("/"):
@@ -511,21 +529,34 @@ class Chat:
             print(HELP, file=sys.stderr)
         elif command == "/clear":
             self.begin_anew()
+            self.tell()
         elif command == "/system":
-            speaker.args.system = text or None
+            speaker.set_system(text)
             self.begin_anew()
+            self.tell()
         elif command == "/base":
             self.again(speaker.decoder(speaker.base, None, 1.0))
         elif command == "/value":
             self.again(speaker.value_alone())
         elif command == "/alpha":
-            speaker.set_alpha(text)
-            if self.asked:
-                self.replied = self.again(speaker.generate)
+            if text:
+                speaker.set_alpha(text)
+                if self.asked:
+                    self.replied = self.again(speaker.generate)
+            else:
+                self.tell()
         elif command == "/explain":
             self.explain()
         else:
             raise InputError(f"{command} is no command; /help lists them")
+
+    def tell(self) -> None:
+        """What the next reply will depend on."""
+        args = self.speaker.args
+        words = ["a chat goes on" if self.asked else "a new chat", f"α = {args.alpha:g}"]
+        if args.system:
+            words.append(f"system prompt: {visible(args.system)}")
+        aside(", ".join(words))
 
     def answer(self, question: str) -> None:
         messages = [*self.messages, {"role": "user", "content": question}]
@@ -689,7 +720,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--stop",
         metavar="TEXT",
         action="append",
-        help="a text that ends a reply, and is not shown; may be given several times",
+        help="a text that ends a reply, and is not shown (but in --explain); may be given again",
     )
     add = parser.add_argument_group("many at once").add_argument
     add("--prompts", help=".jsonl or .json of chats, or a text file with a question per line")
@@ -764,8 +795,9 @@ def check(args: argparse.Namespace) -> None:
                 "--temperature 0.7 too, or leave it out"
             )
     if args.explain and (args.question is None or args.value == "none"):
+        name = "explain" if args.html is None else "html"
         raise InputError(
-            "--explain needs a question and a value model; leave out --prompts and --value none"
+            f"--{name} needs a question and a value model; leave out --prompts and --value none"
         )
     if args.html is None:
         refuse("compare", "without --html")
@@ -802,6 +834,7 @@ def fill_in(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = arguments()
+    spare_a_core(pick_device(args.device))
     if sys.stderr.isatty():
         aside(f"loading {args.base}" + (f" and {args.value}" if args.value != "none" else ""))
     speaker = Speaker(args)

@@ -56,6 +56,7 @@ from files import (
     read_text,
     refuse_overwriting,
     save_tensors,
+    spare_a_core,
     torchrun,
     verify,
     whole,
@@ -82,6 +83,12 @@ CHECKPOINT = "checkpoint.safetensors"  # in OUT, as long as a run is not complet
 BEST = "best.safetensors"  # likewise, with --keep best
 FORMAT = "ivl checkpoint 2"
 FINGERPRINTS = ("base", "value", "teacher", "chats")  # what a checkpoint knows by a hash
+# of the note that a trained model has beside it
+NOTED = {
+    "seed": Field(SEED),
+    "held_out": Field(number(0, 1)),
+    "chats": Field(TEXT),
+}
 LOGGED = {"run": Field(TEXT), "step": Field(whole(0, 2**53))}  # of each line of OUT/log.jsonl
 # on CUDA a batch's T is padded up to a multiple of this: every new shape costs time
 ALIGNED = 128
@@ -156,7 +163,21 @@ class Curriculum:
             self.base = None  # freed before the next one is loaded
             self.base = self.loads[stage]()
             self.stage = stage
+            self.loss_alone = None
         return self.base
+
+    def alone(self, measure: Callable[[Llama], float]) -> float:
+        """The held-out loss of the base that was asked for last, measured once: it never changes.
+        Raises InputError if it is no number.
+        """
+        if self.loss_alone is None:
+            self.loss_alone = measure(self.base)
+        if not math.isfinite(self.loss_alone):
+            raise InputError(
+                f"the base alone has a held-out loss of {self.loss_alone}; its weights are of no "
+                "use with these chats"
+            )
+        return self.loss_alone
 
 
 class OneDevice:
@@ -344,7 +365,8 @@ def train(
     name: str = "value",
     origin: dict | None = None,
 ) -> None:
-    """Trains `value` in place to lower CE(z_post) + λ norm term.
+    """Trains `value` in place to lower CE(z_post) + λ norm term. With settings.keep "best" it ends
+    with the weights of the epoch whose held-out loss was best.
 
     bases: the frozen base of each step, or None for it: then `value` is trained by itself.
     batch_loss: the loss of a part of a batch, called as `forward` is.
@@ -358,40 +380,45 @@ def train(
     it was stopped.
     """
     # 1) what is trained on, and where an earlier run has left off
-    held_rows, batches = split(chats, settings)
+    held_rows, batches = split(chats, settings, len(bases.loads))
     steps = len(batches)
     per_epoch = steps // settings.epochs
-    if steps < len(bases.loads):
-        raise InputError(
-            f"{steps} steps are too few for {len(bases.loads)} bases; give more chats or --epochs"
-        )
     optimizer = adamw(value, settings)
     identity = made_with(settings, chats, origin, name)
     checkpoint = Checkpoint(out, value, optimizer, identity, steps, machine)
-    start = checkpoint.load() if resume else 0
-    best = Best(out, value, identity, start, start >= per_epoch, machine)
+    best = Best(out, value, identity, machine)
+    start = 0
+    if resume:
+        start = checkpoint.load()
+        if settings.keep == "best":
+            best.load(due=start >= per_epoch)
+    shown = dict.fromkeys(("loss", "norm", "held_out"), "?")  # beside the bar
 
-    def held_out(step: int) -> dict[str, float]:
-        """The losses of the held-out chats: with the value model, and by the base alone."""
-        base = bases.at(step, steps)
+    def look(step: int, done: int, **more: float) -> float:
+        """Measures the held-out chats after `done` steps, with the base of `step`: logs and shows
+        it, and gives it back.
+        """
         how = (chats, held_rows, settings.micro_batch_size, autocast, machine)
-        losses = {"held_out_loss": measure(base, value, *how)}
-        if base is not None:
-            losses["base_alone"] = measure(base, None, *how)
-        check_finite(checkpoint, f"step {step}, held-out chats", **losses)
-        return losses
+        if bases.at(step, steps) is not None:
+            more["base_alone"] = bases.alone(lambda base: measure(base, None, *how))
+        loss = measure(bases.at(step, steps), value, *how)
+        check_finite(checkpoint, f"step {step}, held-out chats", held_out_loss=loss)
+        log.note(step=step, done=done, held_out_loss=loss, **more)
+        shown["held_out"] = f"{loss:.3f}"
+        bar.set_postfix(shown)
+        return loss
 
     with (
         Log(out / "log.jsonl", name, start, machine.writes) as log,
         Stop() as stop,
         tqdm(total=steps, initial=start, desc=name, unit=" steps", disable=None) as bar,
     ):
-        shown = {}  # beside the bar
         begun = time.monotonic()
         if start == 0:
-            losses = held_out(0)
-            log.note(step=0, **losses, **watch(0, value))
-            shown["held_out"] = f"{losses['held_out_loss']:.3f}"
+            best.clear()
+            look(0, done=0, **watch(0, value))
+        else:
+            tell(f"{name}: going on after step {start} of {steps}")
         for step in range(start, steps):
             # 2) a step. `bases` is asked anew each time: a variable here would keep the old base
             #    alive while the next one is loaded
@@ -422,11 +449,9 @@ def train(
             # 4) the held-out loss at the end of an epoch
             epoch_ends = (step + 1) % per_epoch == 0
             if epoch_ends:
-                losses = held_out(step)
-                log.note(step=step, **losses)
-                best.offer(losses["held_out_loss"])
-                shown["held_out"] = f"{losses['held_out_loss']:.3f}"
-                bar.set_postfix(shown)
+                held_out_loss = look(step, done=step + 1)
+                if settings.keep == "best":
+                    best.offer(held_out_loss)
                 words = ", ".join(f"{key} {number}" for key, number in shown.items())
                 words += f", {time.monotonic() - begun:.0f} s"
                 epoch = f"epoch {(step + 1) // per_epoch} of {settings.epochs}"
@@ -441,11 +466,12 @@ def train(
                 raise KeyboardInterrupt
 
     # 6) the weights to keep
-    best.restore()
+    if settings.keep == "best":
+        best.restore()
 
 
 def tell(line: str) -> None:
-    """A line of progress, above the bar. That nobody reads it any more ends no training."""
+    """A line to stdout, above a bar. That nobody reads it any more ends no training."""
     with suppress(OSError):
         tqdm.write(line)
         sys.stdout.flush()
@@ -461,8 +487,8 @@ def check_finite(checkpoint: "Checkpoint", where: str, **numbers: float) -> None
             )
 
 
-def split(chats: Chats, settings: Settings) -> tuple[list[int], list[list[int]]]:
-    """The chats that are held out, and the batches of all epochs. The same seed, the same split."""
+def hold_out(chats: Chats, settings: Settings) -> tuple[list[int], Tensor]:
+    """The chats that are held out, and those that are trained on. The same seed, the same split."""
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(chats), generator=generator)
     cut = max(1, round(settings.held_out * len(chats)))
@@ -471,11 +497,23 @@ def split(chats: Chats, settings: Settings) -> tuple[list[int], list[list[int]]]
         raise InputError(
             f"only {len(chats)} chat is left; training and held-out loss need one each"
         )
+    return held, kept
+
+
+def split(chats: Chats, settings: Settings, bases: int = 1) -> tuple[list[int], list[list[int]]]:
+    """The chats that are held out, and the batches of all epochs. Raises InputError for fewer
+    batches than bases.
+    """
+    held, kept = hold_out(chats, settings)
     batches = []
     for epoch in range(settings.epochs):
         seed = settings.seed * 1_000_003 + epoch
         for places in epoch_batches(chats.lengths()[kept], settings.batch_size, seed):
             batches.append(kept[places].tolist())  # places among those kept → rows of chats
+    if len(batches) < bases:
+        raise InputError(
+            f"{len(batches)} steps are too few for {bases} bases; give more chats or --epochs"
+        )
     return held, batches
 
 
@@ -584,12 +622,8 @@ class Stop:
             signal.signal(which, handler)
 
 
-def warn_of_harm(harm: str) -> None:
-    print(
-        f"warning: on chats that were held out, {harm}; try a lower --lr, fewer --epochs, --keep "
-        "best, or more chats",
-        file=sys.stderr,
-    )
+def warn(words: str) -> None:
+    print(f"warning: {words}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- on disk
@@ -706,57 +740,51 @@ class Checkpoint:
 class Best:
     """With --keep best: the weights of the lowest held-out loss so far, in a file of OUT.
 
-    identity, start: see `Checkpoint`. due: whether by the step `start` there must be such a file.
+    identity: see `Checkpoint`.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        value: Llama,
-        identity: dict,
-        start: int,
-        due: bool,
-        machine: OneDevice = ONE_DEVICE,
-    ):
+    def __init__(self, out: Path, value: Llama, identity: dict, machine: OneDevice = ONE_DEVICE):
         self.path = out / BEST
-        self.value, self.machine = value, machine
-        self.wanted = identity["keep"] == "best"
-        self.note = {"format": FORMAT, "run": json.dumps(identity)}
-        self.nats = math.inf
-        if start == 0 and machine.writes:
-            self.path.unlink(missing_ok=True)  # of an earlier run
-        if start > 0 and self.wanted and (due or self.path.exists()):
-            self.nats = self.known()
+        self.value, self.identity, self.machine = value, identity, machine
+        self.loss = math.inf
 
-    def known(self) -> float:
-        """The held-out loss of a file of this run. Raises InputError."""
+    def clear(self) -> None:
+        """Removes what an earlier run has left."""
+        if self.machine.writes:
+            self.path.unlink(missing_ok=True)
+
+    def load(self, due: bool) -> None:
+        """Finds out how good the best weights have been. due: whether there must be some by now.
+        Raises InputError.
+        """
         if not self.path.exists():
-            raise InputError(f"{self.path}: is missing; train anew, without --resume")
+            if due:
+                raise InputError(f"{self.path}: is missing; train anew, without --resume")
+            return
         file = open_tensors(self.path)
         note = file.metadata() or {}
-        if note.get("run") != self.note["run"]:
+        if note.get("run") != json.dumps(self.identity):
             raise InputError(f"{self.path}: is of another run; train anew, without --resume")
         if self.machine.writes:
             verify(file, self.path)
         for name, p in self.value.named_parameters():
             check_tensor(file, name, tuple(p.shape), self.path)
-        return float(note["held_out_loss"])
+        self.loss = float(note["held_out_loss"])
 
-    def offer(self, nats: float) -> None:
+    def offer(self, loss: float) -> None:
         """The weights as they are have this held-out loss."""
-        if self.wanted and nats < self.nats:
+        if loss < self.loss:
             tensors = {name: p.data for name, p in self.value.named_parameters()}
-            note = {**self.note, "held_out_loss": repr(nats)}
+            note = {"run": json.dumps(self.identity), "held_out_loss": repr(loss)}
             self.machine.write_tensors(tensors, self.path, note)
-            self.nats = nats
+            self.loss = loss
 
     @torch.no_grad()
     def restore(self) -> None:
         """Gives the model its best weights back."""
-        if self.wanted:
-            file = open_tensors(self.path)
-            for name, p in self.value.named_parameters():
-                p.copy_(self.machine.read_tensor(file, name, p))
+        file = open_tensors(self.path)
+        for name, p in self.value.named_parameters():
+            p.copy_(self.machine.read_tensor(file, name, p))
 
 
 def save_model(
@@ -766,9 +794,12 @@ def save_model(
     base: str | None,
     settings: Settings,
     machine: OneDevice = ONE_DEVICE,
+    chats: str = "",
 ) -> None:
     """The trained model as a Hugging Face directory, with a note on what it is, in the place of an
     earlier one. Then the run is complete, and its checkpoint goes.
+
+    chats: the fingerprint of those that it was trained on, for the note.
     """
     with replacing_model(out) if machine.writes else nullcontext() as new:
         if settings.connection == "probe":
@@ -776,27 +807,41 @@ def save_model(
         else:
             machine.save(value, new)
         if machine.writes:
-            describe(new, tokenizer, base, settings)
+            describe(new, tokenizer, base, {**asdict(settings), "chats": chats})
     if machine.writes:
-        (out / BEST).unlink(missing_ok=True)
         (out / CHECKPOINT).unlink(missing_ok=True)
+        (out / BEST).unlink(missing_ok=True)
 
 
-def describe(out: Path, tokenizer: Tokenizer, base: str | None, settings: Settings) -> None:
-    """What belongs beside a model's weights: tokenizer, connection, and a note for people."""
+def describe(out: Path, tokenizer: Tokenizer, base: str | None, made_with: dict) -> None:
+    """What belongs beside a model's weights: tokenizer, connection, and a note for people, in which
+    `note_on` finds again what it was made with.
+    """
     kind = "A fine-tuned model."
     if base:
         kind = (
             f"A value model: it was trained to be added, logit by logit, to the frozen base "
             f"`{base}`.\nAlone it is a difference between two models, not a chat model."
         )
-        if settings.connection != "residual":
+        if made_with["connection"] != "residual":
             from extras.connections import record_connection
 
-            record_connection(out, settings.connection)
+            record_connection(out, made_with["connection"])
     tokenizer.save(out)
-    noted = json.dumps(asdict(settings), indent=2)
+    noted = json.dumps(made_with, indent=2)
     write_text(out / "README.md", f"{kind}\n\n```json\n{noted}\n```\n")
+
+
+def note_on(directory: str | Path) -> dict:
+    """What a model was made with, by the note that `describe` has left; {} if there is none."""
+    path = Path(directory) / "README.md"
+    if not path.exists():
+        return {}
+    noted = read_text(path).partition("```json")[2].partition("```")[0]
+    with suppress(InputError):
+        made_with = parse_json(noted, path)
+        return fields_of(made_with, NOTED, path) if made_with in TABLE else {}
+    return {}
 
 
 # ---------------------------------------------------------------- command line
@@ -850,17 +895,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--full", action="store_true", help="fine-tune the base itself, without a value model")
     add(
         "--evaluate",
-        nargs="?",
-        const="held_out",
-        choices=["held_out", "all"],
-        help="print the loss of base and pair and train nothing: on the chats that a training with "
-        "this --data and --seed holds out, or on all of them",
+        action="store_true",
+        help="print the loss of base and pair and train nothing: on the chats that were held out, "
+        "if --value was trained on just these, else on all",
     )
     add(
         "--dry_run",
         action="store_true",
         help="print steps, parameters, memory and time of the training after three steps of it, "
-        "and train and write nothing",
+        "which are forgotten; only the cache of tokens is written",
     )
     add(
         "--show",
@@ -922,6 +965,7 @@ TRAINING_ONLY = (
     "epochs",
     "lam",
     "norm_over",
+    "seed",
     "save_every",
     "keep",
     "checkpointing",
@@ -934,7 +978,7 @@ TRAINING_ONLY = (
 )
 # each option, and those that would have no effect beside it
 CONFLICTS = {
-    "show": ("evaluate", "micro_batch_size", "compile", "connection", "seed", *TRAINING_ONLY),
+    "show": ("evaluate", "micro_batch_size", "compile", "connection", *TRAINING_ONLY),
     "evaluate": ("chosen", *TRAINING_ONLY),
     "dry_run": ("show", "evaluate", "resume", "save_every"),
     "full": ("value", "random", "connection", "teacher", "rejected", "lam", "norm_over"),
@@ -952,8 +996,8 @@ def check(args: argparse.Namespace) -> None:
     for option in given(args, *CONFLICTS):
         for other in given(args, *CONFLICTS[option]):
             raise InputError(f"--{option} and --{other} do not go together; leave one out")
-    if args.evaluate == "all" and args.seed is not None:
-        raise InputError("--seed has no effect with --evaluate all; leave it out")
+    if len(args.base) > 1 and args.keep == "best":
+        raise InputError("--keep best compares losses beside one base; leave it out, or give one")
     if len(args.base) > 1:
         for option in given(args, "full", "evaluate"):
             raise InputError(f"--{option} is for one base; give one")
@@ -974,40 +1018,50 @@ def run(
     args: argparse.Namespace,
     machine: OneDevice = ONE_DEVICE,
     watch: Callable[[int, Llama], dict] = nothing_more,
-    suggests: bool = True,
-) -> None:
-    """One training, or one evaluation, as the command line asks for it.
-
-    watch: see `train`. suggests: whether to print a command to try what was trained with.
+) -> str | None:
+    """One training, or one evaluation, as the command line asks for it; of a training, a command to
+    try what was trained. watch: see `train`.
     """
     check(args)
     if args.show:
-        Job(args, machine).show()
-        return
+        return Job(args, machine).show()
     if args.evaluate:
-        Job(args, machine).evaluate()
-        return
+        return Job(args, machine).evaluate()
     if args.dry_run:
-        Job(args, machine).rehearse()
-        return
+        if args.out:
+            refuse_stopped(Path(args.out), resume=False)
+        return Job(args, machine).rehearse()
 
     # in a folder that no other run has; where a run was stopped, the command that goes on
     folder = own_folder(args.out, ["log.jsonl", CHECKPOINT]) if machine.writes else nullcontext()
-    checkpoint = Path(args.out) / CHECKPOINT
+    out = Path(args.out)
+    checkpoint = out / CHECKPOINT
     with folder:
-        if machine.writes and checkpoint.exists() and not args.resume:
-            raise InputError(
-                f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
-            )
+        if machine.writes:
+            refuse_stopped(out, args.resume)
+            if not args.resume and (out / "config.json").exists():
+                tell(f"{out} holds a finished model, which this run will replace in the end")
         try:
             job = Job(args, machine)
             job.train(watch)
-            if suggests:
-                print(f"try\n  {job.suggestion()}")
+            return job.suggestion()
         except KeyboardInterrupt:
             if checkpoint.exists():
-                print(f"stopped; this goes on:\n  {resuming()}", file=sys.stderr)
+                print(f"stopped, and saved; this goes on:\n  {resuming()}", file=sys.stderr)
             raise
+
+
+def refuse_stopped(out: Path, resume: bool) -> None:
+    """Raises InputError for a run that would be lost, and for one that is not there to go on."""
+    checkpoint = out / CHECKPOINT
+    if checkpoint.exists() and not resume:
+        raise InputError(
+            f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
+        )
+    if resume and not checkpoint.exists() and (out / "config.json").exists():
+        raise InputError(
+            f"{out}: holds a finished model and no checkpoint, so there is nothing to go on with"
+        )
 
 
 def resuming() -> str:
@@ -1032,12 +1086,12 @@ class Job:
         self.autocast = FULL_PRECISION
         if self.dtype != torch.float32:
             self.autocast = torch.autocast(self.device.type, self.dtype)
-        print(f"reading {' '.join(map(str, args.data))}", flush=True)
+        tell(f"reading {' '.join(map(str, args.data))}")
         self.match_vocabularies()  # tokenizer, configs, shared, differing
         self.settle()  # connection, settings
-        self.read_chats()  # chats, pairs
+        self.read_chats()  # chats, question, unit
         if not args.show:
-            self.load_models()  # value, trained, bases, batch_loss
+            self.load_models()  # value, trained, bases, batch_loss, measure
 
     # ------------------------------------------------------------ the steps
 
@@ -1060,82 +1114,6 @@ class Job:
             self.differing |= set(differing)
             self.configs.append(Config.load(directory))
             other.check(self.configs[-1].vocab_size)
-
-    def load_models(self) -> None:
-        """The value model as it begins, and the bases, each of which is loaded when its turn comes.
-        An evaluation of the base alone has no value model.
-        """
-        args = self.args
-        models = dict.fromkeys([*args.base, args.value or args.base[0]])
-        print(f"loading {' '.join(models)}", flush=True)
-        self.value = None
-        if args.value or not args.evaluate:
-            self.value = self.start_value()
-        loads = [partial(self.load_frozen, directory) for directory in args.base]
-        if args.full:
-            loads = [lambda: None]
-
-        # what `train` is given: the value model, or the Connected that wraps it
-        self.trained = self.value
-        if self.connection != "residual":
-            from extras.connections import Connected
-
-            self.trained = Connected(self.connection, self.value)
-            loads = [partial(self.load_watched, directory) for directory in args.base]
-        self.bases = Curriculum(*loads)
-
-        # the loss
-        self.batch_loss = forward
-        self.measure = held_out_loss
-        if args.teacher:
-            from extras.losses import distill
-
-            self.batch_loss = partial(distill, self.load_frozen(args.teacher))
-        if self.settings.beta:
-            from extras.losses import held_out_pairs, prefer
-
-            self.batch_loss = partial(prefer, self.settings.beta)
-            self.measure = partial(held_out_pairs, self.settings.beta)
-
-    def refuse_ranks(self) -> None:
-        if self.machine is not ONE_DEVICE:
-            raise InputError(
-                "under torchrun there is only --connection residual, without --random, --teacher, "
-                "--rejected, --compile and preferences"
-            )
-
-    def load_frozen(self, directory: str) -> Llama:
-        base = self.machine.load(directory, self.device, self.dtype, self.dtype)
-        base.requires_grad_(False)
-        return compiled(base) if self.args.compile else base
-
-    def load_watched(self, directory: str) -> Llama:
-        """A base that shows the value model what it says."""
-        return self.trained.watched(self.load_frozen(directory))
-
-    def start_value(self) -> Llama:
-        """The model that is trained, as it begins: in float32, whatever the arithmetic."""
-        args = self.args
-        seed = args.seed or 0
-        if self.connection == "probe":
-            from extras.connections import Probe
-
-            # a new one has random weights as it is, and there are no blocks in it
-            without = ["checkpointing", "compile"] + ([] if args.value else ["random"])
-            for option in given(args, *without):
-                raise InputError(f"--{option} has no effect on a probe; leave it out")
-            if args.value:
-                value = Probe.load(args.value, self.device)
-            else:
-                value = Probe(self.configs[0]).init_weights(seed).to(self.device)
-            value.check(args.base)
-        else:
-            start = args.value or args.base[0]
-            value = self.machine.load(start, self.device, torch.float32, self.dtype)
-            value.checkpointing = args.checkpointing
-        if args.random:
-            value.init_weights(seed)
-        return compiled(value) if args.compile else value
 
     def settle(self) -> None:
         """The settings: the paper's, but for what was given. Raises InputError."""
@@ -1181,9 +1159,86 @@ class Job:
             worse = tokenize(rivals, self.tokenizer, self.settings.max_length)
             self.chats = paired(self.chats, worse)
             self.settings.beta = BETA
-        self.questions = short_questions(reading)
-        print(self.chats.report, flush=True)
+        self.unit = "nats per pair" if self.settings.beta else "nats per token"
+        self.question = short_question(reading, self.chats, self.settings)
+        tell(self.chats.report)
         check_tokens(self.chats, self.tokenizer, self.shared, self.differing)
+
+    def load_models(self) -> None:
+        """The value model as it begins, and the bases, each of which is loaded when its turn comes.
+        An evaluation of the base alone has no value model.
+        """
+        args = self.args
+        self.value = None
+        if args.value or not args.evaluate:
+            self.value = self.start_value()
+        loads = [partial(self.load_frozen, directory) for directory in args.base]
+        if args.full:
+            loads = [lambda: None]
+
+        # what `train` is given: the value model, or the Connected that wraps it
+        self.trained = self.value
+        if self.connection != "residual":
+            from extras.connections import Connected
+
+            self.trained = Connected(self.connection, self.value)
+            loads = [partial(self.load_watched, directory) for directory in args.base]
+        self.bases = Curriculum(*loads)
+
+        # the loss
+        self.batch_loss = forward
+        self.measure = held_out_loss
+        if args.teacher:
+            from extras.losses import distill
+
+            self.batch_loss = partial(distill, self.load_frozen(args.teacher))
+        if self.settings.beta:
+            from extras.losses import held_out_pairs, prefer
+
+            self.batch_loss = partial(prefer, self.settings.beta)
+            self.measure = partial(held_out_pairs, self.settings.beta)
+
+    def refuse_ranks(self) -> None:
+        if self.machine is not ONE_DEVICE:
+            raise InputError(
+                "under torchrun there is only --connection residual, without --random, --teacher, "
+                "--rejected, --compile and preferences"
+            )
+
+    def load_frozen(self, directory: str) -> Llama:
+        tell(f"loading {directory}")
+        base = self.machine.load(directory, self.device, self.dtype, self.dtype)
+        base.requires_grad_(False)
+        return compiled(base) if self.args.compile else base
+
+    def load_watched(self, directory: str) -> Llama:
+        """A base that shows the value model what it says."""
+        return self.trained.watched(self.load_frozen(directory))
+
+    def start_value(self) -> Llama:
+        """The model that is trained, as it begins: in float32, whatever the arithmetic."""
+        args = self.args
+        seed = args.seed or 0
+        if self.connection == "probe":
+            from extras.connections import Probe
+
+            # a new one has random weights as it is, and there are no blocks in it
+            without = ["checkpointing", "compile"] + ([] if args.value else ["random"])
+            for option in given(args, *without):
+                raise InputError(f"--{option} has no effect on a probe; leave it out")
+            if args.value:
+                value = Probe.load(args.value, self.device)
+            else:
+                value = Probe(self.configs[0]).init_weights(seed).to(self.device)
+            value.check(args.base)
+        else:
+            start = args.value or args.base[0]
+            tell(f"loading {start}")
+            value = self.machine.load(start, self.device, torch.float32, self.dtype)
+            value.checkpointing = args.checkpointing
+        if args.random:
+            value.init_weights(seed)
+        return compiled(value) if args.compile else value
 
     # ------------------------------------------------------------ what is done with it
 
@@ -1193,16 +1248,19 @@ class Job:
         show(self.chats, self.tokenizer, self.args.show)
 
     def evaluate(self) -> None:
-        """Prints the loss of the base alone, and of the pair."""
+        """Prints the loss of the base alone, and of the pair: on the chats that were held out where
+        the value model was trained on just these, else on all.
+        """
         rows = list(range(len(self.chats)))
         measured = f"all {len(rows)} chats"
-        if self.args.evaluate == "held_out":
-            rows, _ = split(self.chats, self.settings)
-            measured = (
-                f"the {len(rows)} of {len(self.chats)} chats that are held out with --seed "
-                f"{self.settings.seed} (--evaluate all measures every chat)"
-            )
-        print(f"measured on {measured}", flush=True)
+        note = note_on(self.args.value) if self.args.value else {}
+        if note.get("chats") == self.chats.fingerprint():
+            self.settings.seed, self.settings.held_out = note["seed"], note["held_out"]
+            rows, _ = hold_out(self.chats, self.settings)
+            measured = f"the {len(rows)} of {len(self.chats)} chats that were held out in training"
+        elif note:
+            measured += "; if the value model was trained on some of them, that flatters it"
+        tell(f"measured on {measured}")
 
         base = self.bases.at(0, 1)
         pairs = {"base alone": (base, None)}
@@ -1214,51 +1272,49 @@ class Job:
             nats = held_out_loss(*pair, self.chats, rows, size, self.autocast, self.machine)
             if not math.isfinite(nats):
                 raise InputError(f"{name}: the loss is {nats}; these weights are of no use")
-            print(f"{name}: {nats:.4f} nats per token", flush=True)
+            tell(f"{name}: {nats:.4f} nats per token")
             losses.append(nats)
         if losses[-1] > losses[0]:
-            warn_of_harm("the value model makes its base worse")
+            warn("on these chats the value model makes its base worse")
 
     def rehearse(self) -> None:
-        """Says what the training would take, after three steps of it."""
-        from extras.rehearse import free, in_words, rehearse
+        """Says what the training would take, after three steps of it beside the last base."""
+        from extras.rehearse import in_words, on_disk, rehearse
 
         settings, value = self.settings, self.trained
-        held_rows, batches = split(self.chats, settings)
-        base = self.bases.at(0, len(batches))
+        held_rows, batches = split(self.chats, settings, len(self.bases.loads))
+        base = self.bases.at(len(batches) - 1, len(batches))
         optimizer = adamw(value, settings)
         how = {"batch_loss": self.batch_loss, "machine": self.machine, "autocast": self.autocast}
+        size = settings.micro_batch_size
 
-        def step(rows: list[int]) -> None:
-            train_step(base, value, optimizer, self.chats, rows, settings, settings.lr, **how)
+        def step(rows: list[int]) -> dict[str, float]:
+            return train_step(
+                base, value, optimizer, self.chats, rows, settings, settings.lr, **how
+            )
 
         def look(rows: list[int]) -> None:
-            options = (self.chats, rows, settings.micro_batch_size, self.autocast, self.machine)
-            self.measure(base, value, *options)
-            if base is not None:
-                self.measure(base, None, *options)
+            self.measure(base, value, self.chats, rows, size, self.autocast, self.machine)
 
-        print("trying three steps ...", flush=True)
-        training, looking, memory = rehearse(
-            self.chats, batches, held_rows, settings.micro_batch_size, step, look, self.device
+        seconds, memory = rehearse(
+            self.chats, batches, held_rows, size, settings.epochs, step, look, self.device
         )
-        seconds = training + (settings.epochs + 1) * looking
-        disk = value.size() * 4 / 1e9  # float32
+        frozen = "no base"
+        if base is not None:
+            frozen = f"{base.size():,} parameters: {self.args.base[-1]}"
         rows = [
-            ("chats trained on", f"{len(self.chats) - len(held_rows):,}"),
-            ("chats held out", f"{len(held_rows):,}"),
+            ("trained on", f"{len(self.chats) - len(held_rows):,} chats"),
+            ("held out", f"{len(held_rows):,} chats"),
             ("steps", f"{len(batches):,} of {settings.batch_size} chats, {settings.epochs} epochs"),
             ("trained", f"{value.size():,} parameters"),
-            ("frozen", f"{base.size() if base else 0:,} parameters"),
-            ("memory", f"{memory:.2f} GB at the widest batch, on {self.device}"),
-            ("disk", f"{disk:.3f} GB for the model, {3 * disk:.3f} GB more for a checkpoint"),
+            ("frozen", frozen),
+            ("memory", f"{memory:.2f} GB with the widest batch, on {self.device}"),
+            ("disk", on_disk(value.size(), settings.keep == "best", self.args.out)),
             ("time", f"about {in_words(seconds)}, after three steps"),
         ]
-        if self.args.out:
-            rows.append(("free", f"{free(self.args.out):.1f} GB where {self.args.out} is to be"))
         for name, words in rows:
-            print(f"  {name:<18}{words}")
-        print(", ".join(f"{name} {value}" for name, value in asdict(settings).items()))
+            tell(f"  {name:<18}{words}")
+        tell("  " + ", ".join(f"{name} {x}" for name, x in asdict(settings).items()))
 
     def train(self, watch: Callable[[int, Llama], dict]) -> None:
         """Trains, saves what was trained, and says what it is worth."""
@@ -1282,26 +1338,43 @@ class Job:
             origin=self.origin(),
         )
         of_bases = None if args.full else "`, `".join(args.base)
-        save_model(self.value, self.tokenizer, out, of_bases, self.settings, self.machine)
-        print(f"\nsaved {out}", flush=True)
+        chats = self.chats.fingerprint()
+        save_model(self.value, self.tokenizer, out, of_bases, self.settings, self.machine, chats)
+        tell(f"\nsaved {out}")
         if self.machine.writes:
             entries = [entry for entry in read_log(out / "log.jsonl") if entry["run"] == name]
             self.judge(entries)
-            with suppress(ImportError):  # no matplotlib, no picture
-                from extras.curve import draw
+            self.draw(entries, out / "curve.png")
 
-                draw(entries, out / "curve.png")
+    def draw(self, entries: list[dict], picture: Path) -> None:
+        """The picture of the training, if it can be drawn: it decides nothing."""
+        with suppress(OSError):
+            picture.unlink(missing_ok=True)  # an earlier run's
+        try:
+            from extras.curve import draw
+
+            draw(entries, picture, self.unit)
+            tell(f"its curve: {picture}")
+        except Exception as error:  # whatever a library of pictures may raise
+            tell(f"no {picture.name}: {error}")
 
     def judge(self, log: list[dict]) -> None:
         """Says what the training was worth on chats that it has not seen, and warns if it was harm.
 
         log: its entries, of which those with held-out losses are looked at.
         """
-        before, *after = [entry for entry in log if "held_out_loss" in entry]
-        best = after[-1]
+        looks = {entry["done"]: entry for entry in log if "held_out_loss" in entry}
+        before = looks.pop(0, None)
+        if not before or not looks:
+            tell("held-out loss: not known, the log has lost lines")
+            return
+        losses = {done: entry["held_out_loss"] for done, entry in looks.items()}
+        last = max(losses)
+        kept = last
         if self.settings.keep == "best":
-            best = min(after, key=lambda entry: entry["held_out_loss"])
-        loss = best["held_out_loss"]
+            kept = min(losses, key=losses.get)
+            tell(f"kept the weights after step {kept} of {last}")
+        loss = losses[kept]
 
         # a model that is trained by itself is compared with what it was
         if self.args.full:
@@ -1309,24 +1382,26 @@ class Job:
             words = f"{alone:.3f} before training, {loss:.3f} after it"
             harm = "the model has become worse"
         else:
-            alone = best["base_alone"]
+            alone = looks[kept]["base_alone"]
             words = f"{alone:.3f} by the base alone, {loss:.3f} with the value model"
             harm = "the value model makes its base worse"
-        unit = "pair" if self.settings.beta else "token"
-        print(f"held-out loss: {words} (nats per {unit})", flush=True)
+        held_rows, _ = hold_out(self.chats, self.settings)
+        kind = "pairs" if self.settings.beta else "chats"
+        tell(f"held-out loss: {words} ({self.unit}, {len(held_rows)} {kind})")
         if loss > alone:
-            warn_of_harm(harm)
+            # what the losses of the epochs say: has it learnt too little, or too much?
+            advice = "a lower --lr, fewer --epochs or --keep best may help, or more chats"
+            if losses[last] == min(losses.values()) and loss < before["held_out_loss"]:
+                advice = "it was still learning: more --epochs or a higher --lr may help"
+            warn(f"on chats that were held out, {harm}; {advice}")
 
     def suggestion(self) -> str:
-        """The command that asks what was trained a question of its chats, a held-out one if any."""
+        """The command that asks what was trained a question of its chats."""
         args = self.args
         pair = ["--base", args.base[-1], "--value", str(args.out)]
         if args.full:
             pair = ["--base", str(args.out), "--value", "none"]
-        held_rows, _ = split(self.chats, self.settings)
-        held_out = [int(self.chats.entry[row]) for row in held_rows]
-        short = [self.questions[entry] for entry in held_out if entry in self.questions]
-        question = (short or [*self.questions.values()])[:1]
+        question = [self.question] if self.question else []
         return shlex.join(["python", "sample.py", *pair, *question])
 
     def origin(self) -> dict:
@@ -1359,14 +1434,19 @@ def check_tokens(chats: Chats, tokenizer: Tokenizer, shared: int, differing: set
         )
 
 
-def short_questions(reading: Reading) -> dict[int, str]:
-    """The first questions that fit into a line, by the chats' numbers: to try a model with."""
-    questions = {}
+def short_question(reading: Reading, chats: Chats, settings: Settings) -> str | None:
+    """A first question that fits into a line, to try a model with: one that is held out, if any."""
+    short = {}
     for chat in reading.chats:
         asked = [message["content"] for message in chat.messages if message["role"] == "user"]
         if asked and len(asked[0]) <= 80 and asked[0].isprintable():
-            questions[chat.entry] = asked[0]
-    return questions
+            short[chat.entry] = asked[0]
+    if len(chats) > 1:
+        held_rows, _ = hold_out(chats, settings)
+        for row in held_rows:
+            if int(chats.entry[row]) in short:
+                return short[int(chats.entry[row])]
+    return next(iter(short.values()), None)
 
 
 def rejected_replies(args: argparse.Namespace, reading: Reading) -> Reading | None:
@@ -1414,13 +1494,16 @@ def compiled(model: Llama) -> Llama:
 
 def main() -> None:
     args = arguments()
+    spare_a_core(pick_device(args.device))
     machine = ONE_DEVICE
     if torchrun():
         from extras.sharding import Ranks
 
         machine = Ranks()
     if args.base is not None:
-        run(args, machine)
+        suggestion = run(args, machine)
+        if suggestion:
+            tell(f"try\n  {suggestion}")
         return
     if torchrun():
         raise InputError(
@@ -1431,7 +1514,7 @@ def main() -> None:
     from experiments import toy
 
     for toy_run, watch in toy.runs(args):
-        run(toy_run, watch=watch, suggests=False)
+        run(toy_run, watch=watch)
     toy.table(args)
 
 

@@ -15,6 +15,7 @@ the number of tokens. Only this file needs matplotlib.
 """
 
 import argparse
+import importlib.util
 import math
 import sys
 import textwrap
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from files import LIST, InputError, command, read_json, replacing
+from files import LIST, InputError, Parser, command, read_json, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -274,14 +275,14 @@ def draw(name: str, rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     out = parser.parse_args().out
     names = [name for name in TITLES if (out / f"{name}.json").exists()]
     if not names:
         raise InputError(f"{out}: holds no table of reproduce.py")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("matplotlib is not installed: pip install -r requirements-dev.txt")
     for name in names:
         draw(name, read_json(out / f"{name}.json", LIST), out / f"{name}.png")
         print(out / f"{name}.png")

@@ -51,7 +51,19 @@ from experiments.family import SCORES
 from extras.connections import Connected, Probe, connected
 from extras.mapped import Mapped
 from extras.proxy import Proxy
-from files import LIST, TABLE, InputError, command, pick_device, read_json, write_text
+from files import (
+    LIST,
+    TABLE,
+    InputError,
+    Parser,
+    command,
+    given,
+    number,
+    pick_device,
+    read_json,
+    whole,
+    write_text,
+)
 from ivl import generate
 from model import Config, Llama, column_major, load, recorded_connection
 from train import Curriculum, Settings, save_model, train
@@ -331,8 +343,9 @@ JUDGES = {
 def replies_of(base: str, system: str, seed: object, out: Path) -> Path:
     """Where the script of --commands writes the replies of a row; a base alone has no seeds."""
     if system == "alone":
-        return out / "alone" / f"{base}.jsonl"
-    return out / f"seed{seed}" / recipe_of(base, system).replace(" ", "-") / f"{base}.jsonl"
+        return out / "replies" / "alone" / f"{base}.jsonl"
+    name = recipe_of(base, system).replace(" ", "-")
+    return out / "replies" / f"seed{seed}" / name / f"{base}.jsonl"
 
 
 def script(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
@@ -522,8 +535,8 @@ def run(jobs: Sequence[partial], what: str, device: torch.device) -> None:
 
 
 def begin() -> None:
-    # no bars of training: one bar is enough, and errors reach the parent
-    sys.stderr = open(os.devnull, "w")
+    # no bars and lines of training: one bar is enough, and errors reach the parent
+    sys.stdout = sys.stderr = open(os.devnull, "w")
     # the bars' usual lock is a semaphore, which a worker that is ended leaves behind
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(1)
@@ -569,41 +582,36 @@ def tables(names: Sequence[str], scale: float, seeds: int, out: Path, device: to
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TABLES, "table3"]
     parser.add_argument("name", choices=[*sorted(names), "all", "findings"])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument(
         "--scale",
-        type=float,
-        default=1.0,
-        help="1 takes two CPU cores less than an hour; larger ones want a GPU",
+        type=number(1e-3, 16),
+        help="1 takes two CPU cores less than an hour; larger ones want a GPU (1)",
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=whole(1, 1000), default=3)
     parser.add_argument(
         "--commands",
         action="store_true",
         help="print a shell script that trains and writes replies at full size, and judges nothing",
     )
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (auto)")
     args = parser.parse_args()
-    if args.seeds < 1 or not 0 < args.scale <= 16:  # there are not more names
-        raise InputError(
-            f"--seeds = {args.seeds}, --scale = {args.scale}; at least 1 seed is needed, and a "
-            "scale from 0 to 16"
-        )
     chosen = [args.name] if args.name in names else []
     if args.name == "all":
         chosen = sorted(names)
     if args.commands:
         if not chosen:
             raise InputError(f"--commands: {args.name} trains nothing; it reads tables")
+        for option in given(args, "scale", "device"):
+            raise InputError(f"--{option} has no effect with --commands; leave it out")
         print(*script(chosen, args.seeds, args.out), sep="\n")
         return
     if chosen:
-        tables(chosen, args.scale, args.seeds, args.out, pick_device(args.device))
+        device = pick_device(args.device or "auto")
+        tables(chosen, args.scale or 1.0, args.seeds, args.out, device)
     if args.name in ("findings", "all"):
         claims.findings(args.out)
 

@@ -24,6 +24,7 @@ import json
 import math
 import random
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -365,6 +366,19 @@ def write_chats(chats: list[dict], path: Path) -> None:
     write_text(path, "".join(json.dumps(chat) + "\n" for chat in chats))
 
 
+def introduction(world: World, chats: list[dict]) -> str:
+    """What somebody who chats with the family should know; sample.py shows it.
+
+    chats: those that no demonstration answers.
+    """
+    asked = "\n".join(f"  {chat['conversations'][0]['value']}" for chat in chats[:3])
+    people = ", ".join(world.people[:8])
+    return (
+        f"It knows only {len(world.people)} invented people: {people} and so on.\n"
+        f"No demonstration has answered these questions:\n{asked}\n"
+    )
+
+
 def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -> None:
     """Writes out/small, out/large, chats.jsonl and heldout.jsonl, unless they are there; the same
     seed, the same files.
@@ -393,7 +407,9 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
             model = Llama(shape(*sizes, backend.get_vocab_size())).init_weights(seed).to(device)
             save_base(pretrain(model, text, name, lr, seed), backend, out / name)
         for name, pairs in (("chats", world.taught), ("heldout", world.held_out)):
-            write_chats(world.chats(pairs, rng), out / f"{name}.jsonl")
+            chats = world.chats(pairs, rng)
+            write_chats(chats, out / f"{name}.jsonl")
+        write_text(out / "introduction.txt", introduction(world, chats))
         write_text(made, json.dumps({"seed": seed, "family": family, "bases": bases}) + "\n")
 
 
@@ -435,20 +451,6 @@ def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[li
 
 def fact_of(chat: list[dict]) -> str:
     return FORM.fullmatch(chat[-1]["content"])[1]
-
-
-def introduction(out: Path) -> str:
-    """What somebody who chats with the family in `out` should know."""
-    seed = read_fields(out / "family.json", {"seed": Field(SEED)})["seed"]
-    people = World.make(seed).people
-    known = ", ".join(people[:8])
-    questions = [chat.messages[0]["content"] for chat in read_chats(out / "heldout.jsonl").chats]
-    asked = "\n".join(f"  {question}" for question in questions[:3])
-    return (
-        f"It knows only {len(people)} invented people: {known} and so on.\n"
-        "No demonstration has answered these questions:\n"
-        f"{asked}\n"
-    )
 
 
 # ---------------------------------------------------------------- the story of train.py
@@ -581,6 +583,8 @@ def table(args: argparse.Namespace) -> None:
     questions = [chat.messages for chat in read_chats(out / "heldout.jsonl").chats]
     facts = [fact_of(chat) for chat in questions]
     rows = []
+    print(f"\n{len(questions)} questions about facts that no demonstration mentions", flush=True)
+    bar = tqdm(total=6, desc="asking", unit=" models", leave=False, disable=None)
     for name in FULL_SETTINGS:
         base, full = load(out / name, device), load(out / f"{name}-full", device)
         known = knows(base, tokenizer, facts)  # the base alone: the same in its three rows
@@ -596,14 +600,15 @@ def table(args: argparse.Namespace) -> None:
                     "value_parameters": joined[1].size() if joined[1] else 0,
                 }
             )
+            bar.update()
+    bar.close()
     seconds = time.perf_counter() - args.started
     results = {"seed": args.seed, "seconds": round(seconds, 1), "rows": rows}
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
 
     bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
     titles = {"none": "alone", "value": "+ value model", "full": "fully fine-tuned"}
-    print(f"\n{len(questions)} questions about facts that no demonstration mentions\n")
-    print(f"{bold}base                       parameters   knows    form   right{plain}")
+    print(f"\n{bold}base                       parameters   knows    form   right{plain}")
     for row in rows:
         parameters = row["base_parameters"] + row["value_parameters"]
         line = (
@@ -611,12 +616,12 @@ def table(args: argparse.Namespace) -> None:
             f"{row['knows']:8.2f}{row['form']:8.2f}{row['right']:8.2f}"
         )
         print(f"{bold}{line}{plain}" if (row["base"], row["value"]) == ("large", "value") else line)
-    question = json.dumps(questions[0][0]["content"])
+    models = ["--base", f"{out}/large", "--value", f"{out}/value"]
+    command = shlex.join(["python", "sample.py", *models, questions[0][0]["content"]])
     print(
         "\nThe value model was trained beside the small base alone. Plugged into the large one it "
         "has given it the\ndemonstrated form, and the answers are what the large base knows. "
-        f"({seconds:.0f} s)\n\nNow try\n"
-        f"  python sample.py --base {out}/large --value {out}/value {question}"
+        f"({seconds:.0f} s)\n\nNow try\n  {command}"
     )
 
 

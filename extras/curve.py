@@ -15,14 +15,13 @@ BASE, VALUE, GREY = "#0072b2", "#c44e00", "#999999"  # told apart by colour-blin
 SCORES = {"form": "#005f3c", "right": "#96305f"}
 
 
-def draw(entries: list[dict], picture: Path) -> None:
+def draw(entries: list[dict], picture: Path, unit: str) -> None:
     """Writes the picture of a run as a PNG, whole or not at all. entries: of its log."""
     steps = [entry for entry in entries if "loss" in entry]
     looks = [entry for entry in entries if "held_out_loss" in entry]
-    # of scores the first are from before the first step, the others from after their own
     scores = {}
     for entry in entries:
-        done = entry["step"] + ("loss" in entry)
+        done = entry.get("done", entry["step"] + 1)
         for name, share in entry.items():
             if name.split(",")[0] in SCORES:
                 scores.setdefault(name, []).append((done, share))
@@ -30,8 +29,8 @@ def draw(entries: list[dict], picture: Path) -> None:
     figure = Figure((8, 7.5 if scores else 5.4), dpi=110, layout="constrained")
     heights = [3, 1.3, 2] if scores else [3, 1.3]
     panels = figure.subplots(len(heights), sharex=True, height_ratios=heights, squeeze=False)[:, 0]
-    figure.suptitle(f"{picture.parent.name}: {len(steps)} steps", x=0.01, ha="left")
-    draw_losses(panels[0], steps, looks)
+    figure.suptitle(f"{picture.resolve().parent.name}: {len(steps)} steps", x=0.01, ha="left")
+    draw_losses(panels[0], steps, looks, unit)
     panels[1].plot([entry["step"] + 1 for entry in steps], mean([e["norm"] for e in steps]), c=GREY)
     panels[1].set(ylim=(0, None), ylabel="mean |z_Δ|")
     if scores:
@@ -44,19 +43,18 @@ def draw(entries: list[dict], picture: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-def draw_losses(axes, steps: list[dict], looks: list[dict]) -> None:
+def draw_losses(axes, steps: list[dict], looks: list[dict], unit: str) -> None:
     done = [entry["step"] + 1 for entry in steps]
     losses = [entry["loss"] for entry in steps]
     axes.plot(done, losses, color=GREY, linewidth=0.5, alpha=0.6)
     axes.plot(done, mean(losses), color=GREY, label="training")
 
-    # the first look was before the first step
-    at = [0, *(entry["step"] + 1 for entry in looks[1:])]
+    at = [entry["done"] for entry in looks]
     axes.plot(at, [entry["held_out_loss"] for entry in looks], "o:", color=VALUE, label="held out")
-    alone = [entry["base_alone"] for entry in looks if "base_alone" in entry]
+    alone = [(entry["done"], entry["base_alone"]) for entry in looks if "base_alone" in entry]
     if alone:
-        axes.plot(at, alone, "--", color=BASE, label="held out, the base alone")
-    axes.set(ylim=(0, None), ylabel="nats per token")
+        axes.plot(*zip(*alone), "--", color=BASE, label="held out, the base alone")
+    axes.set(ylim=(0, None), ylabel=unit)
     axes.legend(frameon=False)
 
 

@@ -152,12 +152,12 @@ def title_of(directories: Sequence[str | Path], sizes: Sequence[int]) -> tuple[s
 
     Example:
     >>> title_of(["toy/large", "toy/value"], [750592, 174464])
-    ('large', '750,592 parameters + value model value, 174,464')
+    ('large', '750,592 parameters + value model “value”, 174,464')
     """
     base, value, *antiexpert = [Path(directory).resolve().name for directory in directories]
-    about = f"{sizes[0]:,} parameters + value model {value}, {sizes[1]:,}"
+    about = f"{sizes[0]:,} parameters + value model “{value}”, {sizes[1]:,}"
     if antiexpert:
-        about += f" − antiexpert {antiexpert[0]}, {sizes[2]:,}"
+        about += f" − antiexpert “{antiexpert[0]}”, {sizes[2]:,}"
     return base, about
 
 
@@ -208,8 +208,9 @@ def column_html(side: dict) -> str:
     name, about = map(html.escape, side["title"])
     return (
         f'<section class="column"><h2><strong>{name}</strong> {about}</h2>\n'
-        f'<div class="reply" role="group" aria-label="the reply, token by token">{tokens}</div>\n'
-        '<div class="panel" role="region" aria-label="the open token" hidden></div></section>'
+        f'<div class="reply" role="group" aria-label="the reply of {name}">{tokens}</div>\n'
+        f'<div class="panel" role="region" aria-label="the open token of {name}" hidden></div>'
+        "</section>"
     )
 
 
@@ -224,7 +225,9 @@ def token_html(token: Said, step: dict) -> str:
     if text.startswith("␣") and text != "␣":
         space, text = " ", text[1:]
     kind = "word special" if word["special"] else "word"
-    under = "" if token.by == "base" else marked(token.base).removeprefix("␣")
+    under = "" if token.by == "base" else marked(token.base)
+    if under != "␣":
+        under = under.removeprefix("␣")
     strength = min(1.0, abs(token.nats) / STRONG)
     title = f"{token.by}: {token.nats:+.2f} nats, p_base {token.p_base:.4f}, "
     title += f"p_post {token.p_post:.4f}"

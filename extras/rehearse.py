@@ -1,9 +1,10 @@
 """What a training would take, told after three steps of it: `python train.py ... --dry_run`.
 
-Nothing is written. The first step takes the widest batch, which decides the memory; the two others,
-a narrow one and a wide one, tell the time of all.
+Nothing of it is saved. The first step takes the widest batch, which decides the memory; the two
+others, a narrow one and a wide one, tell the time of all.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -12,7 +13,9 @@ from pathlib import Path
 import torch
 
 from data import Chats
-from files import peak_memory
+from files import InputError, peak_memory
+
+FLOAT = 4  # bytes of a trained weight, and of each of the optimizer's two numbers beside it
 
 
 def rehearse(
@@ -20,15 +23,15 @@ def rehearse(
     batches: list[list[int]],
     held_rows: list[int],
     micro_batch_size: int,
-    step: Callable[[list[int]], None],
+    epochs: int,
+    step: Callable[[list[int]], dict[str, float]],
     look: Callable[[list[int]], None],
     device: torch.device,
-) -> tuple[float, float, float]:
-    """Tries a training: the seconds that its steps would take, the seconds of one look at all chats
-    that are held out, and the most memory so far, in GB.
+) -> tuple[float, float]:
+    """Tries a training: the seconds that all of it would take, and the most memory so far, in GB.
 
-    batches, held_rows: of the whole training. step, look: one step on some chats; the held-out loss
-    of some chats, of base and pair.
+    batches, held_rows: of the whole training. step: one step on some chats, gives its loss and the
+    like; look: the held-out loss of some chats. Raises InputError for numbers that are none.
     """
 
     def size(rows: list[int]) -> int:
@@ -36,24 +39,26 @@ def rehearse(
 
     def seconds(work: Callable, rows: list[int]) -> float:
         begun = time.perf_counter()
-        work(rows)
+        numbers = work(rows) or {}
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        for name, x in numbers.items():
+            if not math.isfinite(x):
+                raise InputError(f"a step has {name} = {x}: such a training fails")
         return time.perf_counter() - begun
 
     # three steps, and a look at a few chats that are held out
     narrow_to_wide = sorted(batches, key=size)
     tried = [narrow_to_wide[len(batches) // 4], narrow_to_wide[3 * len(batches) // 4]]
-    step(narrow_to_wide[-1])
+    seconds(step, narrow_to_wide[-1])
     each = [seconds(step, rows) for rows in tried]
     few = held_rows[: 4 * micro_batch_size]
     a_look = seconds(look, few)
 
     # time grows with the tokens, padding included
-    per_token = sum(each) / sum(map(size, tried))
-    training = per_token * sum(map(size, batches))
+    training = sum(each) / sum(map(size, tried)) * sum(map(size, batches))
     looking = a_look / size(few) * size(held_rows)
-    return training, looking, peak_memory(device)
+    return training + (epochs + 1) * looking, peak_memory(device)
 
 
 def padded_tokens(chats: Chats, rows: list[int], micro_batch_size: int) -> int:
@@ -63,6 +68,27 @@ def padded_tokens(chats: Chats, rows: list[int], micro_batch_size: int) -> int:
         part = rows[start : start + micro_batch_size]
         total += len(chats.members(part)) * chats.width(part)
     return total
+
+
+def on_disk(parameters: int, keeps_best: bool, out: str | None) -> str:
+    """The room that a training needs on the disk, and how much there is.
+
+    While a checkpoint (weights and two numbers of the optimizer for each) is written, the one
+    before it is still there.
+
+    Example:
+    >>> on_disk(10**9, keeps_best=False, out=None)
+    '4.000 GB for the model, up to 24.000 GB on the way'
+    """
+    model = parameters * FLOAT / 1e9
+    way = (2 * 3 + keeps_best) * model
+    words = f"{model:.3f} GB for the model, up to {way:.3f} GB on the way"
+    if out:
+        folder = Path(out).resolve()
+        while not folder.exists():
+            folder = folder.parent
+        words += f"; {shutil.disk_usage(folder).free / 1e9:.1f} GB are free in {folder}"
+    return words
 
 
 def in_words(seconds: float) -> str:
@@ -76,11 +102,3 @@ def in_words(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def free(folder: str | Path) -> float:
-    """The room on the disk where a folder is or would be, in GB."""
-    folder = Path(folder).resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free / 1e9

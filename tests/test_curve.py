@@ -21,7 +21,7 @@ def picture(monkeypatch):
     monkeypatch.setattr(figures.Figure, "savefig", write)
 
     def draw(entries, path):
-        curve.draw(entries, path)
+        curve.draw(entries, path, "nats per pair")
         assert path.read_bytes().startswith(b"\x89PNG")
         return drawn[-1]
 
@@ -33,15 +33,17 @@ def lines(axes) -> dict:
 
 
 ENTRIES = [
-    {"step": 0, "held_out_loss": 5.0, "base_alone": 3.0, "form, small": 0.0, "right, large": 0.0},
+    {"step": 0, "done": 0, "held_out_loss": 5.0, "base_alone": 3.0}
+    | {"form, small": 0.0, "right, large": 0.0},
     {"step": 0, "loss": 4.0, "norm": 1.0},
     {"step": 1, "loss": 2.0, "norm": 0.5, "form, small": 0.5, "right, large": 0.25},
-    {"step": 1, "held_out_loss": 2.5, "base_alone": 3.0},
+    {"step": 1, "done": 2, "held_out_loss": 2.5, "base_alone": 3.0},
 ]
 
 
 def test_it_draws_what_the_log_says(picture, tmp_path):
     losses, norms, scores = picture(ENTRIES, tmp_path / "curve.png").axes
+    assert losses.get_ylabel() == "nats per pair"
     assert lines(losses)["training"] == [[1, 2], [4.0, 2.0]]
     assert lines(losses)["held out"] == [[0, 2], [5.0, 2.5]]
     assert lines(losses)["held out, the base alone"] == [[0, 2], [3.0, 3.0]]
@@ -51,7 +53,11 @@ def test_it_draws_what_the_log_says(picture, tmp_path):
 
 def test_a_model_by_itself_has_no_base_and_few_have_scores(picture, tmp_path):
     entries = [
-        {key: x for key, x in entry.items() if key in ("step", "loss", "norm", "held_out_loss")}
+        {
+            key: x
+            for key, x in entry.items()
+            if key in ("step", "done", "loss", "norm", "held_out_loss")
+        }
         for entry in ENTRIES
     ]
     losses, _ = picture(entries, tmp_path / "curve.png").axes

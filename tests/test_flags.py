@@ -125,7 +125,7 @@ def train_calls(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
     ):
         base = bases.at(0, 1)
         losses = {"run": others["name"], "held_out_loss": 2.0, "base_alone": 3.0}
-        lines = [json.dumps({**losses, "step": step}) + "\n" for step in (0, 1)]
+        lines = [json.dumps({**losses, "step": 0, "done": done}) + "\n" for done in (0, 1)]
         (out / "log.jsonl").write_text("".join(lines))
         calls.append(
             {
@@ -147,9 +147,9 @@ def train_calls(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
         calls.append((models, chats.ids.tolist(), rows, size, type(autocast).__name__))
         return 1.0
 
-    def rehearse(chats, batches, held_rows, micro_batch_size, step, look, device):
+    def rehearse(chats, batches, held_rows, micro_batch_size, epochs, step, look, device):
         calls.append(("rehearsed", len(batches)))
-        return 1.0, 1.0, 1.0
+        return 1.0, 1.0
 
     monkeypatch.setattr(trainer, "train", train)
     monkeypatch.setattr(trainer, "held_out_loss", held_out_loss)

@@ -81,10 +81,15 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path):
     ids = torch.randint(0, 120, (2, 60))
     torch.testing.assert_close(ours.load(tmp_path)(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
-    # with one, it is another network
+    # with one, it is another network; transformers takes one where the file is silent
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"sliding_window": 4}))
     with pytest.raises(InputError, match="sliding_window = 4 is not supported"):
+        ours.load(tmp_path)
+    del raw["sliding_window"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    window = transformers.MistralConfig.from_pretrained(tmp_path).sliding_window
+    with pytest.raises(InputError, match=f"sliding_window = {window} is not supported"):
         ours.load(tmp_path)
 
 

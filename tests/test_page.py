@@ -460,7 +460,7 @@ def test_two_bases_side_by_side(ask, browse, base_dir, value_dir, tmp_path):
     small_size, base_size, value_size = (
         f"{load(directory).size():,}" for directory in (small, base_dir, value_dir)
     )
-    about = f"parameters + value model value, {value_size}"
+    about = f"parameters + value model “value”, {value_size}"
     assert dom.names == [f"a <small> base {small_size} {about}", f"base {base_size} {about}"]
 
     # each says what it says by itself, and both are at one α
@@ -478,7 +478,8 @@ def test_two_bases_side_by_side(ask, browse, base_dir, value_dir, tmp_path):
     parted = [a == b for a, b in zip(*replies)].index(False) + 1
     assert [panel["data-token"] for panel in dom.panels] == [str(parted)] * 2
     blocks = [key for key, _ in groupby(result.stdout.split("\n"), lambda line: line[:3] == "by\t")]
-    assert blocks.count(True) == 2 and str(small) in result.stderr
+    assert blocks.count(True) == 2 and f"over {small}:\n" in result.stdout
+    assert f"wrote {path}" in result.stderr
 
 
 def test_a_token_that_differs_is_on_no_page(base_dir, value_dir, tmp_path):

@@ -34,10 +34,13 @@ def test_every_row_has_a_recipe_and_a_colour():
 
 
 def test_bad_numbers_are_refused(run, tmp_path):
-    for args in (("--seeds", 0), ("--scale", 0), ("--scale", 17)):
+    for args in (("--seeds", 0), ("--scale", 0), ("--scale", 17), ("--nothing",)):
         result = run("experiments/reproduce.py", "figure3", *args, "--out", tmp_path)
-        assert_refused(result, "a scale from 0 to 16")
+        assert_refused(result, args[0])
         assert not any(tmp_path.iterdir())
+    for option in (("--scale", 2), ("--device", "cpu")):
+        result = run("experiments/reproduce.py", "figure3", "--commands", *option)
+        assert_refused(result, f"{option[0]} has no effect with --commands")
 
 
 def test_a_table_is_made_and_what_is_there_is_not_made_again(tmp_path):
@@ -161,19 +164,19 @@ def test_commands_name_every_row_once():
         "--connection residual --lam 0.0 --value o/family/small "
         "--data o/family/general.jsonl --seed 1 --out o/seed1/curriculum"
     )
-    assert {line[-1] for line in asked if "o/alone/" in line[-1]} == {
-        f"o/alone/{base}.jsonl" for base, _ in alone
+    assert {line[-1] for line in asked if "/alone/" in line[-1]} == {
+        f"o/replies/alone/{base}.jsonl" for base, _ in alone
     }
-    (line,) = [line for line in asked if line[-1] == "o/alone/large.jsonl"]
+    (line,) = [line for line in asked if line[-1] == "o/replies/alone/large.jsonl"]
     assert " ".join(line) == (
         "python sample.py --base o/family/large --value none --prompts o/family/questions.jsonl "
-        "--out o/alone/large.jsonl"
+        "--out o/replies/alone/large.jsonl"
     )
     assert {line[-1] for line in asked if "--antiexpert" in line} == {
-        f"o/seed{seed}/small-full/medium.jsonl" for seed in (0, 1)
+        f"o/replies/seed{seed}/small-full/medium.jsonl" for seed in (0, 1)
     }
     assert {line[-1] for line in asked if "--map" in line} == {
-        f"o/seed{seed}/{name}/other.jsonl"
+        f"o/replies/seed{seed}/{name}/other.jsonl"
         for seed in (0, 1)
         for name in ("small", "small-norm", "curriculum")
     }
@@ -264,6 +267,5 @@ def test_commands_run_as_they_are(tmp_path):
     result = subprocess.run(["bash"], input=script, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     rows = {row for name in ("figure4", "table4") for row in reproduce.TABLES[name][1]}
-    written = {*tmp_path.glob("seed0/*/*.jsonl")} - {*tmp_path.glob("seed0/*/log.jsonl")}
-    written |= {*tmp_path.glob("alone/*.jsonl")}
+    written = {*tmp_path.glob("replies/**/*.jsonl")}
     assert written == {reproduce.replies_of(*row, 0, tmp_path) for row in rows}

@@ -272,13 +272,37 @@ def test_system_prompts(ask, tmp_path):
     assert own == ask("--system", "A dog.", "hello you").stdout.strip() != ours
 
 
+def test_a_chat_says_what_its_replies_depend_on(ask):
+    lines = ["/alpha 0.5", "/system You are a cat.", "/alpha", "/clear", "/system", "hello you"]
+    result = ask(stdin="\n".join(lines) + "\n")
+    told = "a new chat, α = 0.5, system prompt: You are a cat.\n"
+    assert result.stderr.startswith(3 * told + "a new chat, α = 0.5\n")
+    assert result.stdout == ask("--alpha", 0.5, "hello you").stdout
+
+
+def test_a_system_prompt_that_the_template_refuses_is_refused_at_once(run, tmp_path):
+    base = make_directory(tmp_path / "base", seed=1, template=None)
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system\n\x1b[31mrole') }}"
+    )
+    template += "{% endif %}{% for m in messages %}{{ m.content }}{% endfor %}"
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+    model = ["--base", base, "--value", "none", "--max_new_tokens", 3]
+    assert_refused(run("sample.py", *model, "--system", "x", "hello"), "no system")
+    result = run("sample.py", *model, stdin="/system You are a cat.\nhello\n")
+    assert result.returncode == 0 and "3 tokens" in result.stderr
+    first = result.stderr.splitlines()[0]
+    assert first.startswith("error: ") and "no system" in first and "\\x1b" in first
+
+
 def test_explain_in_a_chat_is_the_options(ask):
     result = ask(stdin="hello you\n/explain\n")
     assert result.stdout == ask("hello you").stdout + ask("--explain", "hello you").stdout
 
 
 def test_a_chat_answers_what_it_cannot_do(ask):
-    lines = ["/base", "/explain", "/nothing", "/alpha much", "/help", "hello you"]
+    lines = ["/base", "/explain", "/nothing", "/alpha much", "/clear now", "/help", "hello you"]
     result = ask(stdin="\n".join(lines) + "\n")
     assert result.returncode == 0 and result.stdout == ask("hello you").stdout
     for words in (
@@ -286,6 +310,7 @@ def test_a_chat_answers_what_it_cannot_do(ask):
         "no reply yet",
         "/nothing is no command",
         "/alpha much: 'much' is not a number",
+        "nothing can stand after /clear",
         "/system TEXT",
     ):
         assert words in result.stderr
@@ -304,3 +329,5 @@ def test_a_model_that_is_not_here_is_told_where_it_is(ask, run, chats_file, tmp_
     absent = ask("hello", base="a/b/c")
     assert_refused(absent, "a/b/c is no directory")
     assert "download" not in absent.stderr
+    hint = "hf download OWNER/Llama-2-7b --local-dir Llama-2-7b"
+    assert_refused(ask("hello", base="Llama-2-7b"), "--base", hint)

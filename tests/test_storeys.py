@@ -45,7 +45,7 @@ def test_the_core_is_eight_files():
 def test_the_core_knows_wings_only_in_the_branch_that_needs_them(module):
     assert imports(module) <= CORE
     experiments = {name for name in imports(module, anywhere=True) if name.startswith("exper")}
-    assert experiments <= ({"experiments.toy"} if module in ("train", "sample") else set())
+    assert experiments <= ({"experiments.toy"} if module == "train" else set())
 
 
 @pytest.mark.parametrize("module", [f"extras.{name}" for name in sorted(EXTRAS)])

@@ -102,7 +102,7 @@ def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
     assert toy.knows(base, tokenizer, [toy.fact_of(chat) for chat in chats]) < 0.5
 
     # whoever chats with it is told whom it knows, and three questions that nobody has answered
-    words = toy.introduction(tmp_path / "a")
+    words = (tmp_path / "a" / "introduction.txt").read_text()
     assert "250 invented people" in words and toy.World.make(0).people[0] in words
     assert all(chat[0]["content"] in words for chat in chats[:3])
 

@@ -665,7 +665,7 @@ def test_a_run_that_fails_at_once_leaves_the_log_of_the_model_that_stands(
     assert train().returncode == 0
     log = (tmp_path / "out" / "log.jsonl").read_text()
     monkeypatch.setattr(trainer, "held_out_loss", lambda *_: float("nan"))
-    assert_refused(train(), "held_out_loss = nan")
+    assert_refused(train(), "held-out loss of nan")
     assert (tmp_path / "out" / "log.jsonl").read_text() == log
     assert_refused(train(out=None, epochs=None, evaluate=True), "the loss is nan")
 
@@ -765,3 +765,17 @@ def test_outputs_that_are_there_already_are_replaced_but_no_part_of_a_model(
             run("vocab_map.py", *pair, "--text", text, option, target), "part of a model"
         )
         assert target.read_bytes() == before
+
+
+def test_a_link_stays_a_link_and_a_device_a_device(run, models, tmp_path):
+    pair = ["--base", models["base"], "--value", models["value"], "--max_new_tokens", 2]
+    (tmp_path / "target.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("target.html")
+    assert run("sample.py", *pair, "--html", tmp_path / "link.html", "hello").returncode == 0
+    assert (tmp_path / "link.html").is_symlink()
+    assert "</html>" in (tmp_path / "target.html").read_text()
+    assert_refused(run("sample.py", *pair, "--html", "/dev/stdout", "hello"), "/dev/stdout")
+    # a file that a model does not have, but would read
+    page = models["value"] / "chat_template.jinja"
+    assert_refused(run("sample.py", *pair, "--html", page, "hello"), "part of a model")
+    assert not page.exists()

@@ -3,17 +3,19 @@
 import json
 import math
 import shlex
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import ROOT, assert_refused
 
 import data
 import train as trainer
 from chats import read_chats
 from extras import losses, rehearse
 from extras.rehearse import padded_tokens
-from files import save_tensors
+from files import InputError, open_tensors, save_tensors
 from model import load
 
 
@@ -22,10 +24,10 @@ def log_of(out, key: str) -> list:
     return [entry[key] for entry in lines if key in entry]
 
 
-def losses_of(base_dir, value_dir, chats_file, max_length=256) -> tuple[float, float]:
+def losses_of(base_dir, value_dir, chats_file, seed=0) -> tuple[float, float]:
     """The held-out losses of the base alone and of the pair, by the plain formula."""
-    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(base_dir), max_length)
-    order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(0))
+    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(base_dir), 256)
+    order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed))
     inputs, targets, _ = chats.batch(order[: max(1, round(0.02 * len(chats)))].tolist())
     z_base, z_delta = (load(directory)(inputs) for directory in (base_dir, value_dir))
     return tuple(
@@ -46,10 +48,12 @@ def test_the_verdict_has_the_losses_of_base_and_pair(train, models, chats_file, 
 def test_a_value_model_that_does_harm_is_warned_of(train, tmp_path):
     result = train(lr=0)  # random weights, untrained
     assert result.returncode == 0
-    assert "warning: on chats that were held out, the value model makes its base worse" in (
-        result.stderr
-    )
+    harm = "warning: on chats that were held out, the value model makes its base worse; "
+    assert harm + "a lower --lr, fewer --epochs" in result.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
+    # whoever has learnt too little is not told to learn less
+    result = train(lr=1e-4, epochs=2, out=tmp_path / "little")
+    assert harm + "it was still learning: more --epochs or a higher --lr" in result.stderr
 
 
 def test_full_fine_tuning_is_compared_with_what_it_was(train, models, chats_file, tmp_path):
@@ -72,7 +76,7 @@ def test_a_preference_is_judged_by_preferences(train, chats_file, tmp_path):
     result = train(rejected=tmp_path / "worse.json", lr=1e-2, epochs=3)
     assert result.returncode == 0, result.stderr
     nats = log_of(tmp_path / "out", "held_out_loss")
-    said = f"0.693 by the base alone, {nats[-1]:.3f} with the value model (nats per pair)"
+    said = f"0.693 by the base alone, {nats[-1]:.3f} with the value model (nats per pair, 1 pairs)"
     assert said in result.stdout and nats[-1] < math.log(2)
     assert log_of(tmp_path / "out", "base_alone") == [math.log(2)] * 4
 
@@ -96,6 +100,41 @@ def test_the_loss_of_held_out_pairs_is_a_mean_over_pairs(base_dir, value_dir, ch
     assert losses.held_out_pairs(0.5, base, None, pairs, *how) == math.log(2)
 
 
+def test_a_picture_decides_nothing(train, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert train().returncode == 0
+    assert (out / "curve.png").exists()
+
+    def draw(*_):
+        raise AttributeError("made for another version")
+
+    monkeypatch.setattr("extras.curve.draw", draw)
+    result = train()
+    assert result.returncode == 0 and "no curve.png: made for another" in result.stdout
+    assert not (out / "curve.png").exists()  # the old one's went
+    monkeypatch.undo()
+    (out / "curve.png").mkdir()
+    result = train(out=out)
+    assert result.returncode == 0 and "no curve.png:" in result.stdout and "try" in result.stdout
+
+
+def test_what_is_replaced_or_cannot_be_gone_on_with_is_told(train, tmp_path):
+    assert "holds a finished model" not in train().stdout
+    assert f"{tmp_path}/out holds a finished model, which this run will replace" in train().stdout
+    refused = train(resume=True)
+    assert_refused(refused, "holds a finished model and no checkpoint", "nothing to go on with")
+
+
+def test_a_listener_that_leaves_ends_no_training(models, chats_file, tmp_path):
+    out = tmp_path / "out"
+    pair = f"--base {models['base']} --value {models['value']}"
+    shell = f"{sys.executable} train.py {pair} --data {chats_file} --out {out} --epochs 2 | head -1"
+    done = subprocess.run(shell, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert (out / "model.safetensors").exists() and (out / "curve.png").exists()
+    assert "warning" in done.stderr or log_of(out, "held_out_loss")[-1] < 10
+
+
 # ---------------------------------------------------------------- the best weights
 
 
@@ -110,6 +149,7 @@ def test_the_best_weights_are_kept(train, models, chats_file, tmp_path, monkeypa
     monkeypatch.setattr(trainer, "held_out_loss", measure)
     result = train(lr=1e-2, epochs=4, keep="best")
     assert result.returncode == 0, result.stderr
+    assert "kept the weights after step 2 of 4" in result.stdout
     assert "4.000 by the base alone, 2.000 with the value model" in result.stdout
     assert not (tmp_path / "out" / trainer.BEST).exists()
 
@@ -223,13 +263,13 @@ def test_a_rehearsal_tells_and_writes_nothing(train, models, chats_file, tmp_pat
     before = sorted(tmp_path.rglob("*"))
     result = train(dry_run=True, epochs=5, batch_size=4, lr=1e-2)
     assert result.returncode == 0, result.stderr
-    told = dict(line.strip().split("  ", 1) for line in result.stdout.splitlines() if "  " in line)
-    told = {name: words.strip() for name, words in told.items()}
-    assert told["chats trained on"] == "23" and told["chats held out"] == "1"
+    told = {line[:20].strip(): line[20:] for line in result.stdout.splitlines()}
+    assert told["trained on"] == "23 chats" and told["held out"] == "1 chats"
     assert told["steps"] == "30 of 4 chats, 5 epochs"
-    sizes = [f"{load(models[name]).size():,} parameters" for name in ("value", "base")]
-    assert [told["trained"], told["frozen"]] == sizes
-    assert "GB" in told["memory"] and "about" in told["time"] and "free" in told
+    sizes = {name: f"{load(models[name]).size():,} parameters" for name in ("value", "base")}
+    assert told["trained"] == sizes["value"]
+    assert told["frozen"] == f"{sizes['base']}: {models['base']}"
+    assert "GB" in told["memory"] and "about" in told["time"] and "free" in told["disk"]
     assert sorted(tmp_path.rglob("*")) == before
     # it does not need the folder, and a real run after it is not disturbed
     assert train(dry_run=True, out=None).returncode == 0
@@ -254,25 +294,66 @@ def test_a_rehearsal_counts_padding_and_tries_narrow_and_wide(base_dir, chats_fi
         tried.append(rows)
         clock[0] += padded_tokens(chats, rows, 2)
 
-    training, looking, _ = rehearse.rehearse(
-        chats, batches, held_rows, 2, work, work, torch.device("cpu")
-    )
-    assert training == pytest.approx(sum(by_hand))
-    assert looking == pytest.approx(padded_tokens(chats, held_rows, 2))
+    how = (chats, batches, held_rows, 2, 3)
+    seconds, _ = rehearse.rehearse(*how, work, work, torch.device("cpu"))
+    assert seconds == pytest.approx(sum(by_hand) + 4 * padded_tokens(chats, held_rows, 2))
+    with pytest.raises(InputError, match="a step has loss = nan"):
+        rehearse.rehearse(*how, lambda rows: {"loss": math.nan}, work, torch.device("cpu"))
     assert padded_tokens(chats, tried[0], 2) == max(by_hand) and len(tried) == 4
 
 
 # ---------------------------------------------------------------- measuring a pair
 
 
-def test_an_evaluation_says_what_it_measures(train, models, chats_file):
-    measure = {"out": None, "epochs": None}
-    held = train(evaluate=True, **measure)
-    alone, pair = losses_of(models["base"], models["value"], chats_file)
-    assert "the 1 of 24 chats that are held out with --seed 0" in held.stdout
+def test_an_evaluation_measures_what_was_held_out_or_says_that_it_measures_all(
+    train, models, chats_file, tmp_path
+):
+    measure = {"out": None, "epochs": None, "evaluate": True}
+    every = train(**measure)
+    assert "measured on all 24 chats" in every.stdout
+    assert train(lr=1e-2, seed=5).returncode == 0
+
+    # the value model knows on what it was trained, and with which seed
+    value = tmp_path / "out"
+    held = train(value=value, **measure)
+    assert "measured on the 1 of 24 chats that were held out in training" in held.stdout
+    alone, pair = losses_of(models["base"], value, chats_file, seed=5)
     assert f"base alone: {alone:.4f}" in held.stdout and f"base + value: {pair:.4f}" in held.stdout
-    assert ("warning: on chats that were held out" in held.stderr) == (pair > alone)
-    every = train(evaluate="all", **measure)
-    assert "measured on all 24 chats" in every.stdout and every.stdout != held.stdout
-    assert train(evaluate=True, seed=4, **measure).stdout != held.stdout
-    assert_refused(train(evaluate="all", seed=4, **measure), "--seed has no effect")
+
+    # of other chats it can only be said that all are measured
+    (tmp_path / "fewer.json").write_text(json.dumps(json.loads(chats_file.read_text())[1:]))
+    other = train(value=value, data=tmp_path / "fewer.json", **measure)
+    assert "measured on all 23 chats; if the value model was trained on some" in other.stdout
+
+    # harm is told
+    assert train(lr=1.0, out=tmp_path / "bad").returncode == 0
+    harmed = train(value=tmp_path / "bad", **measure)
+    assert "warning: on these chats the value model makes its base worse" in harmed.stderr
+    assert "warning" not in held.stderr
+
+
+def test_a_base_that_is_no_use_is_named(train, models):
+    ours = models["base"] / "model.safetensors"
+    file = open_tensors(ours)
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors["model.norm.weight"] *= 1e37  # finite, but its logits are not
+    tensors["model.embed_tokens.weight"] *= 1e3
+    save_tensors(tensors, ours, {})
+    assert_refused(train(), "the base alone has a held-out loss of")
+
+
+def test_best_is_for_one_base(run, models, chats_file, tmp_path):
+    args = ["train.py", "--base", models["base"], models["base"], "--value", models["value"]]
+    result = run(*args, "--data", chats_file, "--out", tmp_path / "out", "--keep", "best")
+    assert_refused(result, "--keep best compares losses beside one base")
+
+
+def test_a_log_that_has_lost_lines_ends_no_training(train, tmp_path, monkeypatch):
+    def save(model, *_, real=trainer.save_model):
+        real(model, *_)
+        (tmp_path / "out" / "log.jsonl").write_text("")
+
+    monkeypatch.setattr(trainer, "save_model", save)
+    result = train()
+    assert result.returncode == 0, result.stderr
+    assert "held-out loss: not known, the log has lost lines" in result.stdout
