@@ -64,7 +64,7 @@ def test_the_timetable_has_90_minutes():
     for start, minutes, _ in rows:
         assert int(start) == now
         now += int(minutes)
-    assert now == 90
+    assert now == 90 and rows[-1][2] == "Questions"
     order = list(map(anchor, HEADINGS))
     sections = [link for *_, cell in rows for link in re.findall(r"\(#(.+?)\)", cell)]
     places = [order.index(link) for link in sections if link != "exercises"]
@@ -76,6 +76,20 @@ def test_the_promise_is_the_readme_s_table():
     table = re.search(r"^base +parameters +knows.*?(?=^```$)", readme, re.DOTALL | re.MULTILINE)
     indented = "".join(f"    {line}\n" for line in table[0].splitlines())
     assert TEXT.count(indented) == 2  # as a promise, and explained
+
+
+def test_the_claims_are_the_findings():
+    """Each row's verdict is the one that was found, each number of the paper one of its numbers."""
+    rows = re.findall(r"^\| (\d)\. .+? \| (.+?) \| .+? \| (\w+) \|$", TEXT, re.MULTILINE)
+    findings = json.loads((ROOT / "experiments" / "results" / "findings.json").read_text("utf-8"))
+    assert [int(number) for number, *_ in rows] == [finding["claim"] for finding in findings]
+
+    def numbers(text: str) -> set[str]:
+        return set(re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w.]*B)", text))
+
+    for (_, paper, verdict), finding in zip(rows, findings):
+        assert verdict == finding["verdict"]
+        assert numbers(paper) <= numbers(finding["paper"])
 
 
 # ---------------------------------------------------------------- exercises
