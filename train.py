@@ -155,6 +155,7 @@ class Curriculum:
         self.loads = loads
         self.stage = None
         self.base = None
+        self.losses: dict[int, float] = {}  # of the bases alone, by their stages
 
     def at(self, step: int, steps: int) -> Llama | None:
         """The base of a step."""
@@ -163,21 +164,21 @@ class Curriculum:
             self.base = None  # freed before the next one is loaded
             self.base = self.loads[stage]()
             self.stage = stage
-            self.loss_alone = None
         return self.base
 
     def alone(self, measure: Callable[[Llama], float]) -> float:
         """The held-out loss of the base that was asked for last, measured once: it never changes.
         Raises InputError if it is no number.
         """
-        if self.loss_alone is None:
-            self.loss_alone = measure(self.base)
-        if not math.isfinite(self.loss_alone):
+        if self.stage not in self.losses:
+            self.losses[self.stage] = measure(self.base)
+        loss = self.losses[self.stage]
+        if not math.isfinite(loss):
             raise InputError(
-                f"the base alone has a held-out loss of {self.loss_alone}; its weights are of no "
-                "use with these chats"
+                f"the base alone has a held-out loss of {loss}; its weights are of no use with "
+                "these chats"
             )
-        return self.loss_alone
+        return loss
 
 
 class OneDevice:

@@ -6,7 +6,7 @@
     python experiments/bench.py train-step --shape tinyllama-1.1b tinyllama-1.1b --compile
     python experiments/bench.py kernels          # how many a step of decoding launches
     python experiments/bench.py vocab-map --base DIR --value DIR --text FILE
-    python experiments/bench.py gpu              # on a GPU: all that the README says of GPUs
+    python experiments/bench.py gpu              # on a GPU: all that is to be measured there
     python experiments/bench.py plan --base llama-2-70b --value tinyllama-1.1b --gpus 4 --gpu h100
 
 A line is one comparison: ours, the peer, and the ratio, which is above 1 where ours is better.
@@ -539,7 +539,7 @@ def arguments() -> argparse.Namespace:
     sub.set_defaults(device="cpu")
     for sub in commands.choices.values():
         sub.add_argument("--json", help="file for the rows, as JSON, written row by row")
-    bench_gpu.add_arguments(commands.add_parser("gpu", help="all that the README says of GPUs"))
+    bench_gpu.add_arguments(commands.add_parser("gpu", help="all that is to be measured on a GPU"))
     sub = commands.add_parser("plan", help="what a pair of models would need, see plan.py")
     plan.add_arguments(sub)
     return parser.parse_args()

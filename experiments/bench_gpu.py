@@ -1,4 +1,4 @@
-"""All that the README says of GPUs, measured by one command in less than nine minutes.
+"""All that is to be measured on a GPU, by one command in less than nine minutes.
 
     python experiments/bench.py gpu                        # on a GPU: everything
     python experiments/bench.py gpu --parts loss step      # some of it

@@ -98,14 +98,18 @@ def test_the_claims_are_the_findings():
 @pytest.fixture(scope="module")
 def prompt() -> dict:
     """The names at the prompt of the second command at the text's top."""
+    code = re.search(r'^python -i -c "(.*)"$', TEXT, re.MULTILINE)[1]
     names: dict = {}
-    exec(doctest.script_from_examples(TEXT), names)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        exec(code, names)
     return names
 
 
 def test_the_prompt_has_all_names(prompt):
     assert {f"check_{n}" for n in range(1, 7)} <= set(prompt)
     assert {"z_base", "z_delta", "words", "combine", "two_passes", "totals"} <= set(prompt)
+    assert not {"p_oslo", "weights", "quietest"} & set(prompt)  # the answers' own
 
 
 WRONG = [
