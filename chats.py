@@ -130,11 +130,11 @@ def all_files(paths: Sequence[str | Path]) -> list[Path]:
 def records_of(path: Path) -> list[tuple[str, object]]:
     """The records of one file, each with its place. Raises InputError."""
     if path.suffix == ".parquet":
-        return [(f"row {i}", record) for i, record in enumerate(read_parquet(path))]
+        return [(f"row {i}", record) for i, record in enumerate(read_parquet(path), 1)]
     if not path.name.endswith((".jsonl", ".jsonl.gz")):
         whole = one_json(path)
         if whole is not None:
-            return [(f"entry {i}", record) for i, record in enumerate(whole)]
+            return [(f"entry {i}", record) for i, record in enumerate(whole, 1)]
     return [(f"line {i}", record) for i, record in read_lines(path)]
 
 

@@ -396,6 +396,8 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
             )
         return
     with own_folder(out, MARKS):
+        if any((out / name).exists() for name in MARKS):
+            print("an earlier run was stopped before all was ready: it is made anew")
         print(f"making a world of {PEOPLE} people, texts about it and bases that read them: {out}")
         sys.stdout.flush()
         world, rng = World.make(seed), random.Random(seed + 1)

@@ -167,11 +167,11 @@ GOOD = json.dumps({"instruction": "a", "output": "b"})
         (f'{GOOD}\n{GOOD}\n{{"text": "a"}}', "line 3: not a chat"),
         (
             f'[{GOOD}, {{"conversations": [{{"from": "martian", "value": "a"}}]}}]',
-            "entry 1: not a chat",
+            "entry 2: not a chat",
         ),
-        ('{"messages": [{"role": "user", "content": 3}]}', "entry 0: not a chat"),
-        ("[3]", "entry 0: not a chat"),
-        ('{"messages": null}', "entry 0: not a chat"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "entry 1: not a chat"),
+        ("[3]", "entry 1: not a chat"),
+        ('{"messages": null}', "entry 1: not a chat"),
     ],
 )
 def test_malformed_chats_are_named(tmp_path, text, message):
