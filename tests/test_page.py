@@ -363,6 +363,21 @@ def test_what_the_browser_computes(browse, one, fragment, alpha):
         assert float(percent) == pytest.approx(100 * others, abs=0.06)
 
 
+def test_of_equally_likely_words_the_first_id_is_chosen_as_in_python(browse, tmp_path):
+    """The words stand in the order of z_post; the base likes two of them alike."""
+    z_base = torch.tensor([5.0, 5.0, 0.0])
+    ids, numbers = wing.step_numbers(z_base, torch.tensor([0.0, 2.0, 0.0]), 1, stops(1.0), 1.0)
+    assert ids[0] == 1 and z_base.argmax() == 0
+    words = [{"id": i, "text": f"word{i}", "special": False} for i in ids]
+    token = {"said": 0, "words": words, **numbers}
+    column = {"title": ("a", "b"), "said": [Said("x", "y", "value", 0, 0, 0)], "tokens": [token]}
+    path = tmp_path / "page.html"
+    path.write_text(page("Who?", [column], 1.0), encoding="utf-8")
+    for alpha, by in ((1, "value"), (0, "chance")):
+        ((only,),) = browse(path, f"#alpha={alpha}&token=1").tokens
+        assert only["data-by"] == by
+
+
 def with_script(source, path, script: str):
     """A copy of a page with a script of the test at its end."""
     text = source.read_text(encoding="utf-8")

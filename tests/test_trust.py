@@ -779,3 +779,16 @@ def test_a_link_stays_a_link_and_a_device_a_device(run, models, tmp_path):
     page = models["value"] / "chat_template.jinja"
     assert_refused(run("sample.py", *pair, "--html", page, "hello"), "part of a model")
     assert not page.exists()
+
+
+def test_a_core_is_left_to_others():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        files.spare_a_core(torch.device("cuda"))
+        assert torch.get_num_threads() == 3
+        for left in (2, 1, 1):
+            files.spare_a_core(torch.device("cpu"))
+            assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(threads)
