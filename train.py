@@ -1259,7 +1259,7 @@ class Job:
             self.settings.seed, self.settings.held_out = note["seed"], note["held_out"]
             rows, _ = hold_out(self.chats, self.settings)
             measured = f"the {len(rows)} of {len(self.chats)} chats that were held out in training"
-        elif note:
+        elif self.args.value:
             measured += "; if the value model was trained on some of them, that flatters it"
         tell(f"measured on {measured}")
 
