@@ -124,7 +124,7 @@ class Speaker:
         self.match_vocabularies()  # tokenizer, mapping, vocabulary
         self.load_models()  # connection, base, value, antiexpert, context, choose
         self.join_models()  # base and value as one reads with them, measures
-        self.generate = self.decoder(self.base, self.value, args.alpha)
+        self.generate = self.decoder(self.base, self.value)
 
     # ------------------------------------------------------------ the steps
 
@@ -246,28 +246,26 @@ class Speaker:
             # the same text in the base's ids, which `respell` gives first
             self.measures.append(lambda ids: len(self.base.bridge.respell(ids)[0]))
 
-    def decoder(self, base: Llama, value: Llama | None, alpha: float) -> Callable:
-        """`ivl.generate` for some of these models; on CUDA its twin that replays CUDA graphs."""
-        args = self.args
-        options = {
-            "alpha": alpha,
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-            "vocabulary": self.vocabulary,
-            "choose": self.choose,
-        }
+    def decoder(self, base: Llama, value: Llama | None, **changes: float) -> Callable:
+        """`ivl.generate` for some of these models; on CUDA its twin that replays CUDA graphs.
+
+        changes: what is to be other than on the command line, temperature=0.7, say.
+        """
+        names = ("alpha", "temperature", "top_k", "top_p")
+        options = {name: getattr(self.args, name) for name in names} | changes
+        shared = {"vocabulary": self.vocabulary, "choose": self.choose}
         models = [model for model in (base, value) if model is not None]
         devices = {model.unembed.device.type for model in models}
-        if devices == {"cuda"} and self.mapping is None:
-            from extras.graphs import Graphs
+        if devices != {"cuda"} or self.mapping is not None:
+            return partial(generate, base, value, **options, **shared)
+        from extras.graphs import Graphs
 
-            # kept, since a chat asks for them again: recording them takes time and memory
-            key = id(base), id(value), alpha
-            if key not in self.graphs:
-                self.graphs[key] = Graphs(base, value, **options)
-            return self.graphs[key].generate
-        return partial(generate, base, value, **options)
+        # recording takes time and memory: the graphs are kept as long as the options stay
+        kept, graphs = self.graphs.get((base, value), (None, None))
+        if kept != options:
+            graphs = Graphs(base, value, **options, **shared)
+            self.graphs[base, value] = options, graphs
+        return graphs.generate
 
     # ------------------------------------------------------------ what a chat changes and asks
 
@@ -277,7 +275,7 @@ class Speaker:
             raise InputError("there is no value model here")
         if not isinstance(self.value, Llama):
             raise InputError("this value model cannot speak alone")
-        return self.decoder(self.value, None, 1.0)
+        return self.decoder(self.value, None)
 
     def set_alpha(self, text: str) -> None:
         """Changes the strength of the value model. Raises InputError."""
@@ -287,7 +285,7 @@ class Speaker:
             self.args.alpha = ALPHA(text)
         except argparse.ArgumentTypeError as error:
             raise InputError(f"/alpha {text}: {error}") from None
-        self.generate = self.decoder(self.base, self.value, self.args.alpha)
+        self.generate = self.decoder(self.base, self.value)
 
     def set_system(self, text: str) -> None:
         """Changes the system prompt; "": none. Raises InputError if the template has no place for
@@ -535,7 +533,7 @@ class Chat:
             self.begin_anew()
             self.tell()
         elif command == "/base":
-            self.again(speaker.decoder(speaker.base, None, 1.0))
+            self.again(speaker.decoder(speaker.base, None))
         elif command == "/value":
             self.again(speaker.value_alone())
         elif command == "/alpha":
@@ -668,7 +666,17 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, checked. Defaults are filled in last: until then None is "not given"."""
+    """The command line, checked, and what was not given filled in."""
+    args = parsed(argv)
+    args.explain |= args.html is not None
+    toy_by_default(args)
+    check(args)
+    fill_in(args)
+    return args
+
+
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as it stands: None is "not given"."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", nargs="?", help="without it: a chat")
     add = parser.add_argument_group("models").add_argument
@@ -738,12 +746,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="auto: bfloat16 on CUDA",
     )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
-    args = parser.parse_args(argv)
-    args.explain |= args.html is not None
-    toy_by_default(args)
-    check(args)
-    fill_in(args)
-    return args
+    return parser.parse_args(argv)
 
 
 def directory_or_none(word: str) -> str:

@@ -5,10 +5,11 @@ import math
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused
+from conftest import ROOT, assert_refused, make_directory
 
 import data
 import train as trainer
@@ -217,6 +218,20 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
     assert not best.exists()
 
 
+def test_a_kill_between_the_last_removals_leaves_a_finished_model(train, tmp_path, monkeypatch):
+    def unlink(path, *args, real=Path.unlink, **options):
+        if path.name == trainer.BEST and (tmp_path / "out" / "config.json").exists():
+            raise KeyboardInterrupt
+        real(path, *args, **options)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert train(keep="best").returncode == 130
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / trainer.CHECKPOINT).exists()
+    assert train(keep="best").returncode == 0
+    assert not (tmp_path / "out" / trainer.BEST).exists()
+
+
 def test_a_new_run_forgets_an_older_ones_best(train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.jsonl").touch()
@@ -274,6 +289,15 @@ def test_a_rehearsal_tells_and_writes_nothing(train, models, chats_file, tmp_pat
     # it does not need the folder, and a real run after it is not disturbed
     assert train(dry_run=True, out=None).returncode == 0
     assert train().returncode == 0
+
+
+def test_a_curriculum_is_rehearsed_beside_its_last_base(run, models, chats_file, tmp_path):
+    large = make_directory(tmp_path / "large", seed=4, num_hidden_layers=4)
+    words = ["--base", models["base"], large, "--value", models["value"], "--data", chats_file]
+    result = run("train.py", *words, "--dry-run", "--epochs", 2)
+    assert f"{load(large).size():,} parameters: {large}" in result.stdout
+    result = run("train.py", *words, "--dry-run", "--epochs", 1)
+    assert_refused(result, "1 steps are too few for 2 bases")
 
 
 def test_a_rehearsal_counts_padding_and_tries_narrow_and_wide(base_dir, chats_file, monkeypatch):
