@@ -319,6 +319,12 @@ def test_a_chat_answers_what_it_cannot_do(ask):
     assert "/explain needs a value model" in alone.stderr
 
 
+def test_a_line_that_is_no_text_is_refused_and_the_chat_goes_on(ask):
+    result = ask(stdin="\udcff hello\nhello you\n")
+    assert result.stderr.startswith("error: this line is not UTF-8\n")
+    assert result.stdout == ask("hello you").stdout
+
+
 def test_a_model_that_is_not_here_is_told_where_it_is(ask, run, chats_file, tmp_path):
     name = "meta-llama/Llama-3.2-1B"
     hint = f"hf download {name} --local-dir Llama-3.2-1B"
