@@ -311,8 +311,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a temporary name, which replaces `path` if the block ends without an error. A link
     stays a link: what it leads to is replaced.
     """
-    refuse_non_file(Path(path))
-    path = Path(os.path.realpath(path))
+    path = Path(path)
+    refuse_non_file(path)
+    if path.is_symlink():
+        path = path.resolve()
     temporary = temporary_for(path)
     try:
         with writing(path):
@@ -330,7 +332,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def refuse_non_file(path: Path) -> None:
     """Raises InputError for a folder, and for a device, say, in whose place a file would stand."""
     # (/dev/stdout is a file wherever it is redirected to one)
-    of_system = str(path.absolute()).startswith(("/dev/", "/proc/"))
+    of_system = str(path.absolute().parent) in ("/dev", "/dev/fd", "/proc/self/fd")
     if of_system or (path.exists() and not path.is_file()):
         raise InputError(f"{path}: cannot be written (it is a folder, or no plain file)")
 

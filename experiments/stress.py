@@ -689,7 +689,7 @@ class Mutations:
         before = contents(folder)
         ended = Child(main, argv, folder, typed).ended(HANG)
         fault = ended.fault(self.most) or stray(folder, before, argv)
-        if fault or ended.status != 0 or "--out" not in argv:
+        if fault or ended.status != 0 or "--out" not in argv or "--dry_run" in argv:
             return fault
 
         # a sound result: a model of numbers, the same one as without the damage, or all replies
@@ -812,9 +812,11 @@ class Memory:
             argv = f"{PAIR} {CHATS} --out out --epochs {self.steps // 4 // 6}"
             child = Child(train.main, argv.split(), self.work / "world")
 
-        # bytes, ten times a second
+        # bytes, ten times a second, until the model stands: a library of pictures comes after that
         resident = []
         while not child.wait(0.1):
+            if (self.work / "world" / "out" / "README.md").exists():
+                continue
             pages = int(Path(f"/proc/{child.pid}/statm").read_text().split()[1])
             resident.append(pages * resource.getpagesize())
         ended = child.ended(0)

@@ -350,6 +350,8 @@ def test_sample_under_torchrun(run, models, tmp_path):
         models[1],
         "--max_new_tokens",
         8,
+        "--temperature",
+        0.7,
         "--seed",
         1,
     ]
