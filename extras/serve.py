@@ -54,8 +54,10 @@ WANTED = {
     "max_tokens": COUNT,
     "max_completion_tokens": COUNT,
 }
-# what says nothing about the reply; what would change it, with the value that does not
+# what says nothing about the reply (the last two: of tools, which are refused); and what would
+# change it, with the value that does not
 INDIFFERENT = ("user", "metadata", "store", "service_tier", "safety_identifier")
+INDIFFERENT += ("tool_choice", "parallel_tool_calls")
 UNCHANGED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False}
 UNCHANGED |= {"tools": [], "logit_bias": {}, "response_format": {"type": "text"}}
 OF_ONE_REPLY = "question explain html compare raw seed prompts out batch_size".split()
@@ -63,6 +65,9 @@ OF_ONE_REPLY = "question explain html compare raw seed prompts out batch_size".s
 
 def read_message(message: dict, place: str) -> dict:
     """A message as a template wants it; its content may be in parts. Raises InputError."""
+    for field, x in message.items():
+        if field not in MESSAGE and x is not None:
+            raise InputError(f"{place}.{field}: is not supported; leave it out")
     read = fields_of(message, MESSAGE, place)
     if read["content"] in LIST:
         texts = [fields_of(part, {"text": Field(TEXT)}, place) for part in read["content"]]

@@ -114,6 +114,11 @@ def test_system_prompts_and_parts(ask, said):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "must be the user's"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0]: role = 'tool'"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: content = 3"),
+        ({"messages": [{**QUESTION[0], "name": "Ann"}]}, "messages[0].name: is not supported"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[0]: text is missing",
+        ),
         ({"messages": [{"role": "user", "content": "dog " * 300}]}, "the context is 256"),
     ],
 )
