@@ -87,12 +87,14 @@ class GrowingReply:
         """What is still held back when no more ids come."""
         if self.ended:
             return ""
-        piece = self.certain(self.stream.rest()) + self.held
-        self.text += self.held
-        self.held = ""
+        piece = self.certain(self.stream.rest())
+        if not self.ended:
+            piece += self.held
+            self.text += self.held
         return piece
 
     def certain(self, piece: str) -> str:
+        """The text that no stop text can begin in any more, now that `piece` has come."""
         self.held += piece
         places = [self.held.find(text) for text in self.stops if text in self.held]
         self.ended = bool(places)

@@ -201,6 +201,15 @@ def test_the_first_of_several_stop_texts_ends_a_reply():
         def decode(self, ids):
             return "".join(ids)
 
+    # half a character, which no other half follows, may be what a reply is to end at
+    class Halves:
+        def decode(self, ids):
+            return "".join("a" if i else "\ufffd" for i in ids)
+
+    reply = sample.GrowingReply(Halves(), ["\ufffd"])
+    assert reply.step(1) == "a" and reply.step(0) == "" and reply.rest() == ""
+    assert reply.text == "a" and reply.ended
+
     reply = sample.GrowingReply(Words(), ["one", "two"])
     assert reply.step("a two, one") == "a " and reply.ended and reply.rest() == ""
     assert reply.text == "a "
