@@ -56,7 +56,6 @@ from files import (
     read_text,
     refuse_overwriting,
     save_tensors,
-    spare_a_core,
     torchrun,
     verify,
     whole,
@@ -1495,7 +1494,6 @@ def compiled(model: Llama) -> Llama:
 
 def main() -> None:
     args = arguments()
-    spare_a_core(pick_device(args.device))
     machine = ONE_DEVICE
     if torchrun():
         from extras.sharding import Ranks
