@@ -409,13 +409,10 @@ class Speaker:
         """Shows who said each token of a reply. With --html: gives its column of the page."""
         from extras import explain
 
-        told = self.base, self.value, self.tokenizer, prompt, reply
-        how = {
-            "alpha": self.args.alpha,
-            "vocabulary": self.vocabulary,
-            "never": self.differing,
-        }
-        said = explain.who_said(*told, **how)
+        models = self.base, self.value
+        z = explain.read_again(*models, prompt, reply, self.vocabulary, self.differing)
+        told = *z, self.tokenizer, reply, self.args.alpha
+        said = explain.who_said(*told)
         if sys.stdout.isatty():
             print(explain.coloured(said, shutil.get_terminal_size().columns))
         else:
@@ -427,7 +424,7 @@ class Speaker:
 
         directories = given(self.args, "base", "value", "antiexpert")
         title = title_of([getattr(self.args, name) for name in directories], self.sizes)
-        return column(title, said, *told, **how)
+        return column(title, said, *told)
 
 
 def explain(speaker: Speaker, prompt: list[int]) -> None:

@@ -86,20 +86,12 @@ def texts(tokenizer: Tokenizer) -> list[str]:
 
 @torch.inference_mode()
 def who_said(
-    base: Llama,
-    value: Llama,
-    tokenizer: Tokenizer,
-    prompt: Sequence[int],
-    reply: Sequence[int],
-    *,
-    alpha: float = 1.0,
-    vocabulary: int | None = None,
-    never: Collection[int] = (),
+    z_base: Tensor, z_delta: Tensor, tokenizer: Tokenizer, reply: Sequence[int], alpha: float = 1.0
 ) -> list[Said]:
-    """The tokens of `reply`, which the models gave after `prompt`. The arguments are those of
-    `ivl.generate`, and of `read_again`.
+    """The tokens of `reply`, each put down to one of the models.
+
+    z_base, z_delta: (n, V), of `read_again`.
     """
-    z_base, z_delta = read_again(base, value, prompt, reply, vocabulary, never)  # (n, V) each
     z_post = combine(z_base, z_delta, alpha)  # (n, V)
 
     # what each would have chosen, and how likely each found what was said

@@ -17,16 +17,15 @@ import html
 import json
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data import Tokenizer
-from extras.explain import STRONG, Said, read_again, texts
+from extras.explain import STRONG, Said, texts
 from files import read_text, visible
-from model import Llama
 from vocab_map import token_bytes
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -102,26 +101,22 @@ def rounded(z: Tensor) -> list[float | None]:
 def column(
     title: tuple[str, str],
     said: Sequence[Said],
-    base: Llama,
-    value: Llama,
+    z_base: Tensor,
+    z_delta: Tensor,
     tokenizer: Tokenizer,
-    prompt: Sequence[int],
     reply: Sequence[int],
-    *,
     alpha: float = 1.0,
-    vocabulary: int | None = None,
-    never: Collection[int] = (),
 ) -> dict:
     """One base's side of the page.
 
-    title: of `title_of`; said: what `explain.who_said` makes of the arguments that follow.
+    title: of `title_of`; said: what `explain.who_said` makes of the arguments that follow, of which
+    z_base and z_delta (n, V) are of `explain.read_again`.
     Gives {"title", "said", "tokens"}, where a token is
         said        which of the words it is that was said
         words       [{"id", "text", "special"}, ...], those shown
         z_base, z_delta   a number for each word
         others      log Σ exp z_post of all other words, a number for each stop of the slider
     """
-    z_base, z_delta = read_again(base, value, prompt, reply, vocabulary, never)  # (n, V) each
     if z_base.device.type == "mps":  # which knows no float64
         z_base, z_delta = z_base.cpu(), z_delta.cpu()
     written, spelt = texts(tokenizer), token_bytes(tokenizer)

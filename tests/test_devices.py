@@ -291,4 +291,6 @@ def test_a_mapped_base_and_its_value_model(monkeypatch, gpus, tokenizers, device
 def test_who_said_it_of_models_on_two_devices(gpus, tokenizers):
     V = len(tokenizers[0].tokens)
     base, value = llama(FIRST, vocab_size=V), llama(SECOND, vocab_size=V)
-    assert len(explain.who_said(base, value, tokenizers[0], PROMPTS[0], [5, 6, 7])) == 3
+    reply = [5, 6, 7]
+    z = explain.read_again(base, value, PROMPTS[0], reply)
+    assert len(explain.who_said(*z, tokenizers[0], reply)) == 3

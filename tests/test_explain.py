@@ -10,7 +10,7 @@ from conftest import assert_refused
 import ivl
 from data import Tokenizer
 from extras.connections import connected
-from extras.explain import STRONG, Said, coloured, columns, summary, who_said
+from extras.explain import STRONG, Said, coloured, columns, read_again, summary, who_said
 from extras.proxy import Proxy
 from model import load
 
@@ -28,9 +28,14 @@ def tokenizer(base_dir):
 PROMPT = [1, 20, 30, 40]
 
 
+def explained(base, value, tokenizer, prompt, reply, alpha=1.0, **how) -> list[Said]:
+    """Who said what, from the models."""
+    return who_said(*read_again(base, value, prompt, reply, **how), tokenizer, reply, alpha)
+
+
 def test_a_greedy_reply_is_by_base_or_value(models, tokenizer):
     reply = [ids[0] for ids in ivl.generate(*models, [PROMPT], 25, alpha=0.7)]
-    said = who_said(*models, tokenizer, PROMPT, reply, alpha=0.7)
+    said = explained(*models, tokenizer, PROMPT, reply, alpha=0.7)
     assert {token.by for token in said} == {"base", "value"} and len(said) == 25
     z_base, z_delta = (model(torch.tensor([PROMPT + reply]))[0, 3:-1].detach() for model in models)
     logp = [z.log_softmax(-1)[range(25), reply] for z in (z_base, z_base + 0.7 * z_delta)]
@@ -48,7 +53,7 @@ def test_without_the_value_model_all_is_the_bases_or_chance(models, tokenizer):
     drawn = [
         ids[0] for ids in ivl.generate(*models, [PROMPT], 25, alpha=0.0, temperature=0.8, top_k=3)
     ]
-    said = who_said(*models, tokenizer, PROMPT, drawn, alpha=0.0)
+    said = explained(*models, tokenizer, PROMPT, drawn, alpha=0.0)
     assert {token.by for token in said} == {"base", "chance"} and {
         token.nats for token in said
     } == {0.0}
@@ -57,8 +62,8 @@ def test_without_the_value_model_all_is_the_bases_or_chance(models, tokenizer):
 def test_cascade_and_proxy(models, tokenizer, value_dir):
     cascade = connected("cascade+", *models)
     reply = [ids[0] for ids in ivl.generate(*cascade, [PROMPT], 20)]
-    assert "chance" not in {token.by for token in who_said(*cascade, tokenizer, PROMPT, reply)}
-    said = who_said(models[0], Proxy(models[1], models[1]), tokenizer, PROMPT, reply)
+    assert "chance" not in {token.by for token in explained(*cascade, tokenizer, PROMPT, reply)}
+    said = explained(models[0], Proxy(models[1], models[1]), tokenizer, PROMPT, reply)
     assert [token.nats for token in said] == pytest.approx([0.0] * 20, abs=1e-5)
 
 
@@ -105,10 +110,10 @@ def test_the_summary_counts():
 
 def test_what_is_never_said_is_nobodys_choice(models, tokenizer):
     reply = [5, 6]
-    plain = who_said(*models, tokenizer, PROMPT, reply)
+    plain = explained(*models, tokenizer, PROMPT, reply)
     z_base = models[0](torch.tensor([PROMPT + reply]))[0, 3:-1].detach()
     never = z_base.argmax(-1).tolist()
-    said = who_said(*models, tokenizer, PROMPT, reply, never=never)
+    said = explained(*models, tokenizer, PROMPT, reply, never=never)
     z_base[:, never] = -torch.inf
     assert [token.base for token in said] != [token.base for token in plain]
     assert [token.p_base for token in said] == pytest.approx(

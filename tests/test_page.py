@@ -18,7 +18,7 @@ import sample
 from data import Tokenizer
 from extras import page as wing
 from extras.connections import connected
-from extras.explain import Said, who_said
+from extras.explain import Said, read_again, who_said
 from extras.mapped import Mapped
 from extras.page import column, opened, page, stops
 from extras.proxy import Proxy
@@ -44,9 +44,8 @@ def tokenizer(base_dir):
 
 def made(models, tokenizer, reply, alpha=1.0, title=("name", "about"), **how) -> dict:
     """A column of the page."""
-    told = *models, tokenizer, PROMPT, reply
-    how = {"alpha": alpha, **how}
-    return column(title, who_said(*told, **how), *told, **how)
+    told = *read_again(*models, PROMPT, reply, **how), tokenizer, reply, alpha
+    return column(title, who_said(*told), *told)
 
 
 def full_logits(models, reply) -> list[torch.Tensor]:
@@ -174,7 +173,7 @@ def test_page_is_escaped_and_self_contained(models, tokenizer):
 def test_the_reply_can_be_read_without_javascript(models, tokenizer):
     reply = drawn(models, 1.0)
     dom = parsed(page("Who?", [made(models, tokenizer, reply)], 1.0))
-    said = who_said(*models, tokenizer, PROMPT, reply)
+    said = who_said(*read_again(*models, PROMPT, reply), tokenizer, reply)
     assert [token["data-by"] for token in dom.tokens[0]] == [token.by for token in said]
     for token, expected in zip(dom.tokens[0], said):
         strength = re.fullmatch(r"--strength: ([\d.]+)", token["style"])[1]
