@@ -51,7 +51,7 @@ def test_the_core_knows_wings_only_in_the_branch_that_needs_them(module):
 @pytest.mark.parametrize("module", [f"extras.{name}" for name in sorted(EXTRAS)])
 def test_no_wing_knows_the_scripts(module):
     known = imports(module, anywhere=True)
-    if module == "extras.serve":  # a command itself: sample.py over HTTP
+    if module in ("extras.serve", "extras.mt_bench"):  # they are made for a sample.Speaker
         known.remove("sample")
     assert not known & {"train", "sample"} and not any(name.startswith("exp") for name in known)
 
