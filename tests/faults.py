@@ -47,6 +47,7 @@ TESTS = {  # each source file, and the arguments of pytest for the tests beside 
     "extras/page.py": ["test_page.py"],
     "extras/proxy.py": ["test_connections.py", "test_graphs.py", "test_devices.py"],
     "extras/rehearse.py": ["test_verdict.py"],
+    "extras/sandbox.py": ["test_sandbox.py"],
     "extras/serve.py": ["test_serve.py"],
     "extras/show.py": ["test_chats.py"],
     # the slow ones too, but for the two slowest
