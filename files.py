@@ -643,10 +643,11 @@ class Parser(argparse.ArgumentParser):
         name = name.replace("-", "_").replace("__", "--", 1)
         return name + equals + value if name in self._option_string_actions else word
 
-    def parse_args(self, argv=None, namespace=None) -> argparse.Namespace:
+    def parse_known_args(self, argv=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        """`parse_args` calls it too, and refuses the words that are left."""
         words = sys.argv[1:] if argv is None else argv
         words = [self.with_underscores(word) for word in words]
-        args = super().parse_args(words, namespace)
+        args, rest = super().parse_known_args(words, namespace)
         options = {action.dest for action in self._actions if action.option_strings}
         for dest, value in vars(args).items():
             name = f"--{dest}" if dest in options else f"the {dest}"
@@ -656,7 +657,7 @@ class Parser(argparse.ArgumentParser):
                     raise InputError(f"{name} is empty; leave it out, or fill it in")
                 if "\0" in word or word.encode(errors="replace").decode() != word:
                     raise InputError(f"{name} {word!r}: holds a NUL, or is not UTF-8")
-        return args
+        return args, rest
 
 
 def given(args: argparse.Namespace, *names: str) -> list[str]:

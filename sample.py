@@ -116,10 +116,13 @@ class Speaker:
     """A base, its value model or None, and the tokenizer and settings that make them answer.
 
     Below, step by step: do the vocabularies fit, which models are there, how do they decode.
+
+    all_logits: under torchrun each process has the logits of all tokens, not of a slice of them.
     """
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, all_logits: bool = False):
         self.args = args
+        self.all_logits = all_logits
         self.device = pick_device(args.device)
         self.mapping = None
         self.graphs: dict[tuple, object] = {}
@@ -178,7 +181,7 @@ class Speaker:
         if torchrun():
             from extras.sharding import chooser, load_slice
 
-            split = None if self.mapping else self.vocabulary
+            split = None if self.mapping or self.all_logits else self.vocabulary
             load_model = partial(load_slice, vocabulary=split)
             self.choose = chooser(split)
             if self.differing:
@@ -346,29 +349,38 @@ class Speaker:
                 f"the prompt has {length} tokens, but the context is {self.context}; "
                 "shorten the prompt"
             )
+        self.check_tokens(ids)
+        return ids
+
+    def check_tokens(self, ids: Sequence[int]) -> None:
+        """Raises InputError for a token that not all of the models have."""
         for i in ids:
             if i >= self.vocabulary or i in self.differing:
                 raise InputError(
                     f"the prompt has the token {self.tokenizer.tokens[i]!r}, which only one of the "
                     "two vocabularies has; leave it out"
                 )
-        return ids
 
     # ------------------------------------------------------------ replies
 
     def replies(
-        self, prompts: list[list[int]], generate: Callable | None = None
+        self,
+        prompts: list[list[int]],
+        generate: Callable | None = None,
+        most: int | None = None,
+        seed: int | None = None,
     ) -> Iterator[list[int | None]]:
         """Steps of ids, as `ivl.generate` gives them.
 
-        generate: by other models than the pair, see `decoder`.
+        generate: by other models than the pair, or otherwise, see `decoder`. most: new tokens
+        (default: --max_new_tokens). seed: of what is drawn (default: --seed).
         """
         # an upper bound, the shortest prompt's; `generate` ends each row at its own context
         room = self.context - min(map(len, prompts))
         return (generate or self.generate)(
             prompts,
-            min(self.args.max_new_tokens, room),
-            seed=self.args.seed,
+            min(most or self.args.max_new_tokens, room),
+            seed=self.args.seed if seed is None else seed,
             stop=self.tokenizer.stop,
         )
 
@@ -404,6 +416,30 @@ class Speaker:
                 if reply.ended:
                     break
         return reply.ids
+
+    def whole_replies(
+        self,
+        prompts: list[list[int]],
+        stops: Sequence[str],
+        most: int | None = None,
+        seed: int | None = None,
+        **changes: float,
+    ) -> list[GrowingReply]:
+        """A batch of replies, when all are whole.
+
+        stops: texts that end a reply. most, seed: of `replies`. changes: of `decoder`.
+        """
+        generate = self.decoder(self.base, self.value, **changes)
+        replies = [GrowingReply(self.tokenizer, stops) for _ in prompts]
+        for ids in self.replies(prompts, generate, most, seed):
+            for reply, token in zip(replies, ids):
+                if token is not None and not reply.ended:  # None: a token has ended it
+                    reply.step(token)
+            if all(reply.ended for reply in replies):
+                break
+        for reply in replies:
+            reply.rest()
+        return replies
 
     def explain(self, prompt: list[int], reply: list[int]) -> dict | None:
         """Shows who said each token of a reply. With --html: gives its column of the page."""
@@ -622,15 +658,8 @@ def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -
         with tqdm(total=len(order), unit=" replies", disable=None) as bar:
             for k in range(0, len(order), batch_size):
                 rows = order[k : k + batch_size]
-                replies = [GrowingReply(speaker.tokenizer, speaker.args.stop) for _ in rows]
-                for ids in speaker.replies([prompts[i] for i in rows]):
-                    for reply, token in zip(replies, ids):
-                        if token is not None and not reply.ended:  # None: a token has ended it
-                            reply.step(token)
-                    if all(reply.ended for reply in replies):
-                        break
+                replies = speaker.whole_replies([prompts[i] for i in rows], speaker.args.stop)
                 for i, reply in zip(rows, replies):
-                    reply.rest()
                     total += len(reply.ids)
                     entries[i] |= {
                         "reply": reply.text.strip(),

@@ -1,8 +1,62 @@
-"""The paper's benchmarks, and what the paper reports of them.
+"""The paper's benchmarks: how each is asked, what the paper reports, and how their files look.
 
 A row of Table 1 has eleven scores: how a model answers (MT-Bench, of 1 to 10), what it does without
 examples (IFEval to HumanEval) and what it makes of examples (ARC to Winogrande), in percent.
 """
+
+import csv
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from files import InputError, read_lines, read_text
+
+# ---------------------------------------------------------------- how each is asked
+
+
+class Benchmark(NamedTuple):
+    """A benchmark of the paper as a task of lm-evaluation-harness.
+
+    column: of Table 1. task: the harness's name for it; chat_task: the same for a model that
+    answers (None: such a model too is asked as a plain text goes on). shots: examples. metric: the
+    harness's name of the score that stands in the column.
+    """
+
+    column: str
+    task: str
+    chat_task: str | None
+    shots: int
+    metric: str
+    chat_metric: str | None = None
+    runs_code: bool = False
+
+
+# The paper names no metric. ARC and Hellaswag are `acc`, since the paper's figures for fully
+# fine-tuned Llamas lie where `acc` of Llamas does, far below `acc_norm`; the others have one metric
+# that is usual. GSM8K: the last number of the reply. Prompts are the harness's, not the authors'.
+BENCHMARKS = {
+    "ifeval": Benchmark("IFEval", "ifeval", "ifeval", 0, "prompt_level_strict_acc,none"),
+    "gsm8k": Benchmark("GSM8K", "gsm8k", "gsm8k", 0, "exact_match,flexible-extract"),
+    "toxigen_generation": Benchmark(
+        "Toxigen↓", "toxigen_generation", "toxigen_generation", 0, "toxic,none"
+    ),
+    "mbpp": Benchmark(
+        "MBPP", "mbpp", "mbpp_instruct", 0, "pass_at_1,none", "pass_at_1,extract_code", True
+    ),
+    "humaneval": Benchmark(
+        "HumanEval", "humaneval", "humaneval_instruct", 0, "pass@1,create_test", None, True
+    ),
+    "arc_challenge": Benchmark("ARC", "arc_challenge", None, 25, "acc,none"),
+    "hellaswag": Benchmark("Hellaswag", "hellaswag", None, 10, "acc,none"),
+    "mmlu": Benchmark("MMLU", "mmlu", None, 5, "acc,none"),
+    "truthfulqa_mc2": Benchmark("TruthfulQA", "truthfulqa_mc2", None, 0, "acc,none"),
+    "winogrande": Benchmark("Winogrande", "winogrande", None, 5, "acc,none"),
+}
+MT_BENCH = "mt-bench"  # asked by extras/mt_bench.py
+
+
+# ---------------------------------------------------------------- what the paper reports
 
 COLUMNS = (
     "MT-Bench",
@@ -84,3 +138,154 @@ def paper_rows() -> dict[tuple[str, str], dict[str, float]]:
         rows[base, " ".join(words[: -len(COLUMNS)])] = dict(zip(COLUMNS, scores))
     rows["Llama-2-7B", "1.1B + 1.1B (proxy tuning)"] = PROXY
     return rows
+
+
+def beside(parameters: int, value_parameters: int | None = None) -> dict[str, dict[str, float]]:
+    """The paper's rows of models of this size, by name: what to compare a row with.
+
+    value_parameters: of the value model; None: the base answers by itself, as the paper's "Full".
+
+    Example:
+    >>> list(beside(13_015_864_320, 1_100_048_384))
+    ['Llama-2-13B + 1.1B', 'Llama-2-13B + 1.1B norm', 'Llama-2-13B + 1.1B infinity']
+    """
+
+    def close(name: str, n: int) -> bool:
+        """1.1B counts as equal to a model of 1.0 to 1.2 billion parameters."""
+        billions = float(name.split("-")[-1].removesuffix("B"))
+        return abs(n / 1e9 / billions - 1) < 0.1
+
+    rows = {}
+    for (base, system), scores in paper_rows().items():
+        alone = system == "Full"
+        if not close(base, parameters) or alone != (value_parameters is None):
+            continue
+        if alone or close(system.split()[0], value_parameters):
+            rows[f"{base} + {system}"] = scores
+    return rows
+
+
+# ---------------------------------------------------------------- files
+
+
+def local_rows(directory: Path, path: str, name: str | None) -> dict[str, list[dict]]:
+    """What a data set of the Hub holds, read from the files that its authors have published: the
+    rows of each split, none where `directory` lacks the file.
+
+    path, name: the Hub's names of the data set and of its part.
+    """
+    reader = PUBLISHED.get(path)
+    return {} if reader is None else reader(directory, name)
+
+
+def gsm8k(directory: Path, name: str | None) -> dict[str, list[dict]]:
+    return {split: lines_of(directory / f"gsm8k-{split}.jsonl") for split in ("train", "test")}
+
+
+def human_eval(directory: Path, name: str | None) -> dict[str, list[dict]]:
+    return {"test": lines_of(directory / "HumanEval.jsonl.gz", directory / "HumanEval.jsonl")}
+
+
+def ifeval(directory: Path, name: str | None) -> dict[str, list[dict]]:
+    return {"train": lines_of(directory / "ifeval.jsonl")}
+
+
+def mbpp(directory: Path, name: str | None) -> dict[str, list[dict]]:
+    """The tasks 11 to 510 are the test, as the authors say."""
+    rows = lines_of(directory / "mbpp.jsonl")
+    return {"test": [row for row in rows if 11 <= row["task_id"] <= 510]}
+
+
+def mmlu(directory: Path, name: str | None) -> dict[str, list[dict]]:
+    """mmlu/SUBJECT_dev.csv and _test.csv: with a line of names and the answer's number, or without
+    and with its letter.
+    """
+    splits = {}
+    for split in ("dev", "test"):
+        file = directory / "mmlu" / f"{name}_{split}.csv"
+        table = cells_of(file)
+        if table[:1] == [["question", "choice0", "choice1", "choice2", "choice3", "answer"]]:
+            table = table[1:]
+        splits[split] = []
+        for number, cells in enumerate(table, 1):
+            if len(cells) != 6 or cells[5] not in list("0123ABCD"):
+                raise InputError(
+                    f"{file}, question {number}: is not a question, four choices and an answer, "
+                    "0 to 3 or A to D"
+                )
+            answer = "0123ABCD".index(cells[5]) % 4
+            row = {"question": cells[0], "choices": cells[1:5], "answer": answer, "subject": name}
+            splits[split].append(row)
+    return splits
+
+
+def truthful_qa(directory: Path, name: str | None) -> dict[str, list[dict]]:
+    """truthfulqa.csv, the questions with their correct and incorrect answers, as the choices of the
+    two multiple-choice tasks.
+    """
+    file = directory / "truthfulqa.csv"
+    table = cells_of(file)
+    if name != "multiple_choice" or not table:
+        return {}
+    columns = {name: i for i, name in enumerate(table[0])}
+    for column in ("Question", "Best Answer", "Correct Answers", "Incorrect Answers"):
+        if column not in columns:
+            raise InputError(f"{file}: has no column {column!r}; take the authors' TruthfulQA.csv")
+    rows = []
+    for cells in table[1:]:
+        correct, incorrect = (
+            [answer.strip() for answer in cells[columns[column]].split(";") if answer.strip()]
+            for column in ("Correct Answers", "Incorrect Answers")
+        )
+        best = cells[columns["Best Answer"]].strip()
+        rows.append(
+            {
+                "question": cells[columns["Question"]].strip(),
+                "mc1_targets": choices([best], incorrect),
+                "mc2_targets": choices(correct, incorrect),
+            }
+        )
+    return {"validation": rows}
+
+
+def choices(right: list[str], wrong: list[str]) -> dict:
+    return {"choices": right + wrong, "labels": [1] * len(right) + [0] * len(wrong)}
+
+
+def toxic_prompts(directory: Path, per_group: int = 200) -> list[dict]:
+    """Beginnings of hateful texts from ToxiGen (toxigen/hate_GROUP.txt, a text a line), 200 of each
+    group, as the authors' scripts take; drawn with a seed, so always the same.
+    """
+    rows = []
+    for file in sorted((directory / "toxigen").glob("hate_*.txt")):
+        texts = [line.strip() for line in read_text(file).split("\n") if line.strip()]
+        random.Random(42).shuffle(texts)
+        for text in texts[:per_group]:
+            text = text.replace("\\\\", "\\").replace("\\n", "\n")
+            rows.append({"text": text, "group": file.stem.removeprefix("hate_")})
+    return rows
+
+
+PUBLISHED: dict[str, Callable[[Path, str | None], dict[str, list[dict]]]] = {
+    "openai/gsm8k": gsm8k,
+    "openai/openai_humaneval": human_eval,
+    "google/IFEval": ifeval,
+    "google-research-datasets/mbpp": mbpp,
+    "cais/mmlu": mmlu,
+    "truthfulqa/truthful_qa": truthful_qa,
+}
+
+
+def lines_of(*files: Path) -> list[dict]:
+    """The lines of the first of these files that is there."""
+    for file in files:
+        if file.exists():
+            return [row for _, row in read_lines(file)]
+    return []
+
+
+def cells_of(file: Path) -> list[list[str]]:
+    """The rows of a CSV file, if it is there."""
+    if not file.exists():
+        return []
+    return list(csv.reader(read_text(file).splitlines(keepends=True)))

@@ -34,11 +34,9 @@ from files import (
     Kind,
     fields_of,
     list_of,
-    main_process,
     number,
     parse_json,
     read_text,
-    torchrun,
     visible,
     whole,
     writable_folder,
@@ -133,7 +131,7 @@ def appended(path: Path, table: dict[str, Field]) -> list[tuple[str, dict]]:
         return []
     text = read_text(path)
     kept = text[: text.rfind("\n") + 1]
-    if kept != text and main_process():
+    if kept != text:
         write_text(path, kept)
     return records(path, table, kept)
 
@@ -165,7 +163,7 @@ def progress(items: Sequence, what: str) -> Iterator:
     for i, item in enumerate(tqdm(items, desc=what, disable=None), 1):
         yield item
         late = time.monotonic() - said >= EVERY
-        if late and main_process() and not sys.stderr.isatty():
+        if late and not sys.stderr.isatty():
             print(f"{what}: {i} of {len(items)}", file=sys.stderr, flush=True)
             said = time.monotonic()
 
@@ -227,21 +225,15 @@ def answers(
             entry |= {"model_id": model_id, "choices": [{"index": 0, "turns": chat["turns"]}]}
             entry |= {"tstamp": time.time(), "settings": settings, "notes": chat["notes"]}
             new[question["question_id"]] = entry
-        if main_process():
-            append(path, [entry for i, entry in new.items() if i not in done])
+        append(path, [entry for i, entry in new.items() if i not in done])
         done = new | done
 
     # in order, as FastChat leaves it
-    if main_process():
-        write_text(path, "".join(json.dumps(done[i]) + "\n" for i in sorted(done)))
-        asked = [done[question["question_id"]] for question in questions]
-        problems = Counter(n["problem"] for entry in asked for n in entry["notes"])
-        told = [f"{n} times {problem}" for problem, n in sorted(problems.items())]
-        print("; ".join([f"MT-Bench: {len(asked)} questions answered", *told]), file=sys.stderr)
-    if torchrun():
-        from extras.sharding import Ranks
-
-        Ranks().total(0)  # nobody goes on before the file stands
+    write_text(path, "".join(json.dumps(done[i]) + "\n" for i in sorted(done)))
+    asked = [done[question["question_id"]] for question in questions]
+    problems = Counter(n["problem"] for entry in asked for n in entry["notes"])
+    told = [f"{n} times {problem}" for problem, n in sorted(problems.items())]
+    print("; ".join([f"MT-Bench: {len(asked)} questions answered", *told]), file=sys.stderr)
     return path
 
 
@@ -278,8 +270,9 @@ def converse(speaker: sample.Speaker, questions: Sequence[dict], most: int) -> l
         replies = {}
         if prompts:
             seed = speaker.args.seed + 2 * questions[0]["question_id"] + turn
-            how = temperature(questions[0]), most, seed
-            replies = dict(zip(prompts, reply_to(speaker, [*prompts.values()], *how)))
+            how = dict(seed=seed, temperature=temperature(questions[0]))
+            made = speaker.whole_replies([*prompts.values()], speaker.args.stop, most, **how)
+            replies = dict(zip(prompts, made))
         for i, chat in enumerate(chats):
             text = ""
             if i in replies:
@@ -290,24 +283,6 @@ def converse(speaker: sample.Speaker, questions: Sequence[dict], most: int) -> l
             chat["turns"].append(text)
             chat["messages"].append({"role": "assistant", "content": text})
     return chats
-
-
-def reply_to(
-    speaker: sample.Speaker, prompts: list[list[int]], temperature: float, most: int, seed: int
-) -> list[sample.GrowingReply]:
-    """The replies to a batch of prompts, of at most so many tokens."""
-    generate = speaker.decoder(speaker.base, speaker.value, temperature=temperature)
-    replies = [sample.GrowingReply(speaker.tokenizer, speaker.args.stop) for _ in prompts]
-    most = min(most, speaker.context - min(map(len, prompts)))
-    for ids in generate(prompts, most, seed=seed, stop=speaker.tokenizer.stop):
-        for reply, token in zip(replies, ids):
-            if token is not None and not reply.ended:  # None: a token has ended it
-                reply.step(token)
-        if all(reply.ended for reply in replies):
-            break
-    for reply in replies:
-        reply.rest()
-    return replies
 
 
 # ---------------------------------------------------------------- judging

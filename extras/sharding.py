@@ -17,7 +17,7 @@ token.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -114,6 +114,36 @@ def ask(prompt: str) -> str:
     if line[0] is None:
         raise EOFError
     return line[0]
+
+
+def lead(asked: object, names: Sequence[str]) -> None:
+    """On rank 0, from now on: whoever calls one of these methods calls it on all ranks, of which
+    the others wait in `follow`. What a method gives must be used to the end.
+    """
+
+    def on_all(name: str, method: Callable, *args, **options):
+        dist.broadcast_object_list([(name, args, options)])
+        return method(*args, **options)
+
+    for name in names:
+        setattr(asked, name, partial(on_all, name, getattr(asked, name)))
+
+
+def follow(asked: object) -> None:
+    """On the other ranks: does what rank 0 does, until `dismiss`."""
+    while True:
+        call = [None]
+        dist.broadcast_object_list(call)
+        if call[0] is None:
+            return
+        name, args, options = call[0]
+        for _ in getattr(asked, name)(*args, **options):
+            pass
+
+
+def dismiss() -> None:
+    """On rank 0: the others need wait no longer."""
+    dist.broadcast_object_list([None])
 
 
 # ---------------------------------------------------------------- weights in and out

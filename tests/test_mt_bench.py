@@ -104,7 +104,8 @@ def test_both_turns_are_what_the_pair_says_alone(speaker, answer, tmp_path):
         messages = []
         for text, reply in zip(question["turns"], answers[question["question_id"]], strict=True):
             messages.append({"role": "user", "content": text})
-            alone = mt_bench.reply_to(speaker, [speaker.tokenizer.prompt(messages)], 0.0, 12, 0)
+            prompt = speaker.tokenizer.prompt(messages)
+            alone = speaker.whole_replies([prompt], (), 12, temperature=0.0)
             same = alone[0].text.strip() == reply
             assert same or question["question_id"] in DRAWN
             messages.append({"role": "assistant", "content": reply})
@@ -118,7 +119,7 @@ def test_a_reply_ends_where_it_stops(speaker, answer, tmp_path, monkeypatch):
     prompts = [speaker.tokenizer.prompt([{"role": "user", "content": text}]) for text in texts]
 
     def replies(most=12):
-        return mt_bench.reply_to(speaker, prompts, 0.0, most, 0)
+        return speaker.whole_replies(prompts, speaker.args.stop, most, temperature=0.0)
 
     free = replies()
     with monkeypatch.context() as patch:
@@ -155,13 +156,13 @@ def test_the_file_is_fastchats(answer, tmp_path, capsys):
 
 
 def test_categories_have_their_temperatures(speaker, answer, monkeypatch):
-    real, asked = mt_bench.reply_to, []
+    real, asked = speaker.whole_replies, []
 
-    def reply_to(speaker, prompts, temperature, most, seed):
+    def whole_replies(prompts, stops, most, seed, temperature):
         asked.append((temperature, len(prompts), seed))
-        return real(speaker, prompts, temperature, most, seed)
+        return real(prompts, stops, most, seed, temperature=temperature)
 
-    monkeypatch.setattr(mt_bench, "reply_to", reply_to)
+    monkeypatch.setattr(speaker, "whole_replies", whole_replies)
     answer(batch_size=3)
     counts = [(temperature, n) for temperature, n, _ in asked[::2]]
     assert counts == [(0.0, 3), (0.0, 1), (0.1, 1), (0.7, 3)]  # "poetry" is nobody's category
@@ -177,17 +178,17 @@ def test_a_seed_gives_the_same_replies_again(answer, base_dir, value_dir):
     assert {i for i in first if first[i] != changed[i]} == DRAWN
 
 
-def test_stopped_in_between_is_as_if_never_stopped(answer, tmp_path, monkeypatch):
+def test_stopped_in_between_is_as_if_never_stopped(speaker, answer, tmp_path, monkeypatch):
     whole = answer()
-    real, left = mt_bench.reply_to, [5]
+    real, left = speaker.whole_replies, [5]
 
-    def stopping(*args):
+    def stopping(*args, **options):
         left[0] -= 1
         if left[0] < 0:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **options)
 
-    monkeypatch.setattr(mt_bench, "reply_to", stopping)
+    monkeypatch.setattr(speaker, "whole_replies", stopping)
     with pytest.raises(KeyboardInterrupt):
         answer("stopped")
     file = the_file(tmp_path / "stopped")

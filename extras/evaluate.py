@@ -1,0 +1,412 @@
+"""The paper's benchmarks for a base and its value model, by EleutherAI's lm-evaluation-harness.
+
+    pip install -r requirements-evaluate.txt
+    python -m extras.evaluate --base DIR --value DIR --suite paper --out OUT     # a row of Table 1
+    python -m extras.evaluate --base DIR --value none --tasks arc_challenge mmlu --out OUT
+    python -m extras.evaluate --base DIR --value DIR --tasks gsm8k --data FILES --limit 50 --out OUT
+
+The paper's tasks are mt-bench, ifeval, gsm8k, toxigen_generation, mbpp, humaneval, arc_challenge
+(25 examples), hellaswag (10), mmlu (5), truthfulqa_mc2 and winogrande (5); any other name is the
+harness's own, asked as the harness asks it. A model that answers gets the first six as chats, in
+its template; the others go on from plain text.
+
+--data: nothing is downloaded. Either the folders are copies of the Hub's (a message says which), or
+the files are those of the authors: gsm8k-test.jsonl, HumanEval.jsonl.gz, ifeval.jsonl, mbpp.jsonl,
+truthfulqa.csv, mmlu/SUBJECT_dev.csv and _test.csv, toxigen/hate_GROUP.txt; for mt-bench those of
+FastChat, see extras/mt_bench.py.
+
+Through a --map the answers are made of the value model's tokens. Their log-likelihoods sum to what
+the pair says of the text, so answers to one question can be compared; but their number of tokens
+is the value model's, and the base's probabilities are those that the map hands on.
+
+The options of sample.py about models hold. The same command goes on where it was stopped.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import sample
+from data import Tokenizer
+from extras import mt_bench, sandbox
+from extras.benchmarks import BENCHMARKS, COLUMNS, MT_BENCH, Benchmark, beside
+from extras.likelihood import Likelihood, Question, log_likelihoods
+from files import (
+    TABLE,
+    InputError,
+    Parser,
+    command,
+    given,
+    main_process,
+    model_directory,
+    own_folder,
+    pick_device,
+    pick_dtype,
+    read_json,
+    refuse_part_of_model,
+    torchrun,
+    whole,
+    write_text,
+)
+from model import Config, Llama, fingerprint, recorded_connection
+
+try:
+    from extras import harness
+except ImportError as missing:  # of a library that only this needs
+    harness, MISSING = None, missing.name
+
+PAPER = (MT_BENCH, *BENCHMARKS)
+MARKS = ("answers.jsonl", "row.json")
+# of sample.py's options: what belongs to one reply, and what the benchmarks decide
+NOT_OURS = "question explain html compare raw prompts system stop".split()
+NOT_OURS += "temperature top_k top_p seed".split()
+TOXIC = "toxigen_generation"
+PUNKT = "tokenizers/punkt_tab"  # what NLTK needs to count sentences, for ifeval
+
+
+def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
+    """Ours, and sample.py's, each checked. Raises InputError."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", required=True, help="a folder for the results, and for what is known already")
+    add("--suite", choices=["paper"], help="all tasks of the paper, as a row of its Table 1")
+    add("--tasks", nargs="+", metavar="NAME", help="some tasks")
+    add("--data", metavar="DIR", help="local files; nothing is downloaded then")
+    add("--limit", type=whole(1, 10**9), help="only the first so many questions of each task")
+    add("--shots", type=whole(0, 1000), help="examples, instead of the task's own number")
+    add("--batch_size", type=whole(1, 10**6), default=16, help="texts at a time (16)")
+    add(
+        "--run_code",
+        action="store_true",
+        help="allow mbpp and humaneval to run what the model has written, see extras/sandbox.py",
+    )
+    add("--judge_url", metavar="URL", help="mt-bench: an address that speaks OpenAI's API")
+    add("--judge_model", metavar="NAME", help="mt-bench: who judges there (the paper: gpt-4)")
+    add(
+        "--toxigen_judge",
+        metavar="DIR",
+        type=model_directory,
+        help="toxigen_generation: the classifier, tomh/toxigen_roberta",
+    )
+    ours, rest = parser.parse_known_args()
+    parsed = sample.parsed(rest)
+    for name in given(parsed, *NOT_OURS):
+        raise InputError(f"{name}: a benchmark decides that itself; leave it out")
+
+    if ours.suite and ours.tasks:
+        raise InputError("--suite and --tasks do not go together; leave one out")
+    ours.tasks = list(dict.fromkeys(ours.tasks or (PAPER if ours.suite else ())))
+    if not ours.tasks:
+        raise InputError("say what to measure: --suite paper, or --tasks and names")
+    for name, task in (
+        ("judge_url", MT_BENCH),
+        ("judge_model", MT_BENCH),
+        ("toxigen_judge", TOXIC),
+    ):
+        if given(ours, name) and task not in ours.tasks:
+            raise InputError(f"--{name} has no effect without {task}; leave it out")
+    coded = [name for name in ours.tasks if name in BENCHMARKS and BENCHMARKS[name].runs_code]
+    if coded and not ours.run_code:
+        raise InputError(
+            f"{coded[0]}: runs what the model has written; allow it with --run_code, or name other "
+            "--tasks"
+        )
+    if ours.run_code and not coded:
+        raise InputError("--run_code has no effect without mbpp or humaneval; leave it out")
+    if ours.shots is not None and ours.tasks == [MT_BENCH]:
+        raise InputError(f"--shots has no effect on {MT_BENCH}; leave it out")
+    if bool(ours.judge_url) != bool(ours.judge_model):
+        raise InputError("--judge_url and --judge_model go together: where the judge is, and who")
+
+    most = parsed.max_new_tokens
+    args = sample.arguments(rest)
+    args.most = most
+    refuse_part_of_model("out", ours.out, args.base, args.value, args.antiexpert)
+    return ours, args
+
+
+# ---------------------------------------------------------------- one task after the other
+
+
+class Asked(sample.Speaker):
+    """The models that are asked, under torchrun by rank 0, and then all ranks take part."""
+
+    def likelihoods(
+        self, questions: Sequence[Question], batch_size: int
+    ) -> Iterator[dict[int, Likelihood]]:
+        """See `log_likelihoods`."""
+        yield from log_likelihoods(
+            self.base,
+            self.value,
+            questions,
+            batch_size,
+            alpha=self.args.alpha,
+            vocabulary=self.vocabulary,
+            differing=self.differing,
+        )
+
+
+class Evaluation:
+    """A pair, the tasks that it is asked, and the folder where the results lie.
+
+    OUT/answers.jsonl has what the models said, results_TASK.json and samples_TASK.jsonl what the
+    harness makes of it, row.json the scores by the paper's columns.
+    """
+
+    def __init__(self, ours: argparse.Namespace, args: argparse.Namespace):
+        self.ours = ours
+        self.args = args
+        self.out = Path(ours.out)
+        self.data = Path(ours.data) if ours.data else None
+        self.chats = answers_chats(args)
+
+    def run(self) -> None:
+        """Loads tasks and models, asks, and writes what comes of each task as it is known."""
+        # what is there must be this pair's; the tasks before the models: what is missing is told
+        answers = harness.Answers(self.out / "answers.jsonl", known_by(self.args))
+        left = [name for name in self.ours.tasks if not self.known(name)]
+        tasks = {name: self.load(name) for name in left}
+        if left:
+            speaker = load_models(self.args)
+            if torchrun():
+                from extras.sharding import dismiss, lead
+
+                lead(speaker, ("likelihoods", "whole_replies"))
+            pair = harness.Pair(speaker, answers, self.ours.batch_size, self.args.most)
+
+        for name in self.ours.tasks:
+            tell(name + ", as chats" * self.as_chats(name) + ", known already" * (name not in left))
+            start = time.perf_counter()
+            if name == MT_BENCH and name in left:
+                self.ask_mt_bench(speaker)
+            elif name in left:
+                self.ask(pair, name, tasks[name])
+            for line in self.lines(name):
+                print(f"  {line}", flush=True)
+            if name in left:
+                tell(f"  {time.perf_counter() - start:.0f} s")
+            write_text(self.out / "row.json", json.dumps(self.row(), indent=2) + "\n")
+        self.print_row()
+        if left and torchrun():
+            dismiss()
+
+    # ------------------------------------------------------------ what is asked
+
+    def as_chats(self, name: str) -> bool:
+        """Whether a task's questions come as chats."""
+        if name == MT_BENCH:
+            return True
+        benchmark = benchmark_of(name)
+        return self.chats and benchmark is not None and benchmark.chat_task is not None
+
+    def asked(self, name: str) -> dict:
+        """On what a task's results depend, besides the pair: noted with them."""
+        ours = self.ours
+        asked = {"data": ours.data, "limit": ours.limit, "shots": ours.shots}
+        asked |= {"max_new_tokens": self.args.most}
+        if name == MT_BENCH:
+            asked |= {"judge": [ours.judge_url, ours.judge_model]}
+        if name == TOXIC:
+            asked |= {"judge": ours.toxigen_judge}
+        return asked
+
+    def load(self, name: str) -> dict | Path:
+        """A task of the harness with its data; of MT-Bench the questions. Raises InputError."""
+        if name == MT_BENCH:
+            return self.find_mt_bench()
+        benchmark = benchmark_of(name)
+        if benchmark is None:
+            return harness.load_task(name, self.ours.shots, self.data)
+        if benchmark.runs_code:
+            tell(f"{name}: {sandbox.isolation()}")
+        if name == TOXIC:
+            return harness.toxigen_task(self.data, self.ours.toxigen_judge, self.as_chats(name))
+        task = benchmark.chat_task if self.as_chats(name) else benchmark.task
+        shots = benchmark.shots if self.ours.shots is None else self.ours.shots
+        return harness.load_task(task, shots, self.data)
+
+    def find_mt_bench(self) -> Path:
+        """Its questions. Raises InputError if they are missing, or what a judge needs is."""
+        if self.data is None:
+            raise InputError(f"{MT_BENCH}: its files must lie in a folder; give --data")
+        if self.ours.judge_url:
+            mt_bench.find(self.data, "prompts")
+            mt_bench.find(self.data, "references")
+        return mt_bench.find(self.data, "questions")
+
+    # ------------------------------------------------------------ asking
+
+    def ask(self, pair: "harness.Pair", name: str, task: dict) -> None:
+        """Answers a task of the harness, and writes its results."""
+        cut = pair.cut
+        results = harness.evaluate_task(
+            pair, task, self.ours.limit, self.as_chats(name), self.ours.run_code
+        )
+        results["cut"] = {"texts": pair.cut - cut, "context": pair.speaker.context}
+        samples = results.pop("samples")
+        lines = [harness.as_json(row) + "\n" for rows in samples.values() for row in rows]
+        write_text(self.out / f"samples_{name}.jsonl", "".join(lines))
+        self.write(name, results)
+
+    def ask_mt_bench(self, speaker: Asked) -> None:
+        """Answers MT-Bench; a judge rates the answers, if there is one."""
+        ours, questions = self.ours, self.find_mt_bench()
+        file = mt_bench.answers(speaker, questions, ours.out, ours.batch_size, ours.limit)
+        results: dict = {"answers": str(file), "scores": {}}
+        if ours.judge_url:
+            key = os.environ.get("OPENAI_API_KEY")
+            judge = ours.judge_url, ours.judge_model, key
+            results["scores"] = mt_bench.judge(file, questions, ours.out, *judge)
+        self.write(MT_BENCH, results)
+
+    # ------------------------------------------------------------ results
+
+    def write(self, name: str, results: dict) -> None:
+        results["asked"] = self.asked(name)
+        text = harness.as_json(results, indent=2) + "\n"
+        write_text(self.out / f"results_{name}.json", text)
+
+    def known(self, name: str) -> dict | None:
+        """A task's results, if they are of what is asked now."""
+        file = self.out / f"results_{name}.json"
+        if not file.exists():
+            return None
+        results = read_json(file, TABLE)
+        return results if results.get("asked") == self.asked(name) else None
+
+    def lines(self, name: str) -> Iterator[str]:
+        """What to print of a task's results."""
+        results = self.known(name)
+        if name == MT_BENCH:
+            yield f"answers: {results['answers']}"
+            scores = results["scores"]
+            if not scores:
+                yield "not judged, since there is no --judge_url"
+                return
+            means = {key: scores[key] for key in ("MT-Bench", "turn 1", "turn 2")}
+            for key, mean in (means | scores["by category"]).items():
+                yield f"{key} " + ("not rated" if mean is None else f"{mean:.2f}")
+            return
+        yield from harness.lines(results)
+        if results["cut"]["texts"]:
+            yield (
+                f"{results['cut']['texts']} texts are longer than the context of "
+                f"{results['cut']['context']} tokens: they lost their beginning"
+            )
+
+    def row(self) -> dict[str, float | None]:
+        """The scores that are known, by the paper's columns; None: answered, not judged."""
+        row = {}
+        for name in PAPER:
+            results, benchmark = self.known(name), benchmark_of(name)
+            if results is None:
+                continue
+            if name == MT_BENCH:
+                row["MT-Bench"] = results["scores"].get("MT-Bench")
+                continue
+            metric = benchmark.metric
+            if self.as_chats(name):
+                metric = benchmark.chat_metric or metric
+            row[benchmark.column] = 100 * harness.score(results, metric)
+        return row
+
+    def print_row(self) -> None:
+        """The scores as a row of the paper's Table 1, beside its own for models of this size."""
+        if not self.row():
+            return
+        args = self.args
+        rows = {"this model" if args.value == "none" else "this pair": self.row()}
+        sizes = [parameters(args.base)]
+        if args.value != "none":
+            sizes.append(parameters(args.value))
+        if None not in sizes:
+            rows |= {f"paper: {name}": row for name, row in beside(*sizes).items()}
+
+        width = max(map(len, rows))
+        print("\n" + " " * width + "".join(f"{name:>11}" for name in COLUMNS))
+        for name, row in rows.items():
+            cells = [row.get(column) for column in COLUMNS]
+            shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+            print(f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in shown))
+        if self.ours.limit:
+            print(f"(of each task the first {self.ours.limit} questions only)")
+
+
+def load_models(args: argparse.Namespace) -> Asked:
+    names = [getattr(args, name) for name in given(args, "base", "value", "antiexpert")]
+    tell("loading " + " and ".join(str(name) for name in names if name != "none"))
+    return Asked(args, all_logits=True)
+
+
+def benchmark_of(name: str) -> Benchmark | None:
+    """The paper's way to ask a task; a subject of MMLU is asked likewise, and has no column."""
+    if name.startswith("mmlu_"):
+        return BENCHMARKS["mmlu"]._replace(task=name, column="")
+    return BENCHMARKS.get(name)
+
+
+def answers_chats(args: argparse.Namespace) -> bool:
+    """Whether the models were taught to answer: a value model was; a base alone if its directory
+    has a chat template, or if one is asked for.
+    """
+    if args.value != "none" or args.template:
+        return True
+    directory = Path(args.base)
+    settings = directory / "tokenizer_config.json"
+    own = settings.exists() and read_json(settings, TABLE).get("chat_template")
+    return bool(own) or (directory / "chat_template.jinja").exists()
+
+
+def known_by(args: argparse.Namespace) -> dict[str, str]:
+    """What answers depend on, besides the question."""
+    tokenizer = Tokenizer(args.base if args.value == "none" else args.value, args.template)
+    known = {
+        "--alpha": str(args.alpha),
+        "--dtype": str(pick_dtype(args.dtype, pick_device(args.device))),
+        "--template": hashlib.sha256(tokenizer.template.encode()).hexdigest(),
+    }
+    for name in given(args, "base", "value", "antiexpert"):
+        directory = getattr(args, name)
+        if directory != "none":
+            tokenizer = hashlib.sha256(Tokenizer(directory).source.encode()).hexdigest()
+            known[f"--{name}"] = fingerprint(directory) + tokenizer
+    if args.map:
+        known["--map"] = hashlib.sha256(Path(args.map).read_bytes()).hexdigest()
+    return known
+
+
+def parameters(directory: str | Path) -> int | None:
+    """How many numbers a Llama has, by its config; None: it is none."""
+    if recorded_connection(directory) == "probe":
+        return None
+    with torch.device("meta"):
+        return Llama(Config.load(directory)).size()
+
+
+def tell(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    ours, args = arguments()
+    if harness is None:
+        raise InputError(f"{MISSING} is missing; pip install -r requirements-evaluate.txt")
+    if not main_process():
+        from extras.sharding import follow
+
+        # rank 0 asks; here is a slice of the models, which answers with the others
+        follow(load_models(args))
+        return
+    with own_folder(ours.out, MARKS):
+        Evaluation(ours, args).run()
+
+
+if __name__ == "__main__":
+    command(main)
