@@ -19,23 +19,22 @@ matplotlib is installed. --scale multiplies people, texts, questions and the bas
 Rows of a base "alone", without a value model, say what it knew before anything was trained.
 
     python experiments/reproduce.py table1 --commands --out DIR > table1.sh    # at full size
+    python experiments/reproduce.py table1 --fill --out DIR                    # its last command
 
-prints a shell script that does the first half of a table with real models: it trains with the
-paper's Table 5 and writes replies. No score follows from it. Its head says which models and data it
-expects in DIR/family, its end which replies the paper's benchmarks are to judge, and what of the
-table it has no way to measure.
+With --commands a shell script is printed that makes a table with the paper's models: it trains with
+the paper's Table 5, runs the paper's benchmarks, and ends in the table, beside the paper's numbers.
+Its head says which models and data it expects in DIR/family, on which GPUs, and how it is told who
+judges. With --fill the table is printed as far as it is measured. See full_size.py.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import os
-import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -46,7 +45,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from chats import read_chats
 from data import Tokenizer, tokenize
-from experiments import bench_measure, bench_sides, claims, family, figures, toy
+from experiments import bench_measure, bench_sides, claims, family, figures, full_size, toy
 from experiments.family import SCORES
 from extras.connections import Connected, Probe, connected
 from extras.mapped import Mapped
@@ -312,156 +311,6 @@ def planned(names: Sequence[str]) -> dict[str, dict[tuple[str, str], list[str]]]
     return {name: recipes[name] for name in (*RECIPES, *alone) if name in recipes}
 
 
-# what plays the family's parts at full size, each in DIR/family
-PARTS = {
-    "small": "TinyLlama-1.1B",
-    "medium": "Llama-2-7B",
-    "large": "Llama-2-13B",
-    "xlarge": "Llama-2-70B",
-    "continued": "CodeLlama-7B, which is Llama-2-7B after more pre-training",
-    "other": "Llama-3-8B",
-    "other-small": "Llama-3.2-1B",
-    "general.jsonl": "ShareGPT, about 86,000 chats",
-    "skill.jsonl": "InfinityInstruct-7M, chats about code and mathematics",
-    "questions.jsonl": "the prompts of the benchmarks that are named at the end, a chat a line",
-    "documents.json": "a list of texts, in which vocab_map.py counts which tokens go together",
-}
-CHATTED = "MT-Bench (first turns; its judge is GPT-4)"
-ZERO_SHOT = "IFEval, ToxiGen, GSM8K, MBPP, HumanEval"
-FEW_SHOT = "ARC (25-shot), HellaSwag (10), MMLU (5), TruthfulQA (0), Winogrande (5)"
-# the paper's benchmarks: of replies, and those that compare likelihoods of given answers
-JUDGES = {
-    "figure2": (CHATTED, ""),
-    "figure3": (CHATTED, ""),
-    "figure4": (CHATTED, ""),
-    "table1": (f"{CHATTED}, {ZERO_SHOT}", FEW_SHOT),
-    "table2": (f"{CHATTED}, {ZERO_SHOT}", FEW_SHOT),
-    "table4": (CHATTED, FEW_SHOT),
-}
-
-
-def replies_of(base: str, system: str, seed: object, out: Path) -> Path:
-    """Where the script of --commands writes the replies of a row; a base alone has no seeds."""
-    if system == "alone":
-        return out / "replies" / "alone" / f"{base}.jsonl"
-    name = recipe_of(base, system).replace(" ", "-")
-    return out / "replies" / f"seed{seed}" / name / f"{base}.jsonl"
-
-
-def script(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
-    """The lines of a shell script: what it needs, whether that is there, the commands, and what is
-    left to judge.
-    """
-    body = [*commands(names, seeds, out)]
-    words = {word for line in body for word in shlex.split(line)}
-    needed = [part for part in PARTS if str(out / "family" / part) in words]
-
-    # the head: what is expected, and where
-    yield "set -eu"
-    yield f"# At full size: {', '.join(names)}. To be run in the root of the repository."
-    yield "# It trains and writes replies, and judges nothing: see the end. Each command has one"
-    yield "# GPU; for a base that is too large for that see experiments/plan.py."
-    if needed:
-        yield "#"
-        yield "# Expected are bases, not chat models, as Hugging Face has them (config, weights and"
-        yield "# tokenizer in a directory), and chats in the forms that train.py reads:"
-    for part in needed:
-        yield f"#     {out / 'family' / part}: {PARTS[part]}"
-
-    # nothing is trained before all of it is there
-    if needed:
-        yield ""
-        yield "for needed in \\"
-        yield " \\\n".join("    " + shlex.quote(str(out / "family" / part)) for part in needed)
-        yield "do"
-        yield '    if [ ! -e "$needed" ]; then'
-        yield '        echo "error: $needed is not there; this script\'s head says what it is" >&2'
-        yield "        exit 2"
-        yield "    fi"
-        yield "done"
-    yield ""
-    yield from body
-
-    # what is left
-    yield ""
-    yield "cat <<'END'"
-    for name in names:
-        yield from left_to_judge(name, out)
-    yield "END"
-
-
-def left_to_judge(name: str, out: Path) -> Iterator[str]:
-    """What the script of a table does not do."""
-    if name == "table3":
-        yield "table3: nothing is left; bench.py has printed time and memory, with random weights"
-        return
-    of_replies, of_answers = JUDGES[name]
-    yield f"{name}: left to judge are, by {of_replies}, the replies in"
-    for base, system in TABLES[name][1]:
-        who = f"{base} alone" if system == "alone" else f"{system} on {base}"
-        yield f"    {replies_of(base, system, '*', out)}: {who}"
-    if of_answers:
-        yield f"and, for the same systems, {of_answers}:"
-        yield "    they compare likelihoods of given answers, which nothing here writes yet"
-    yield "and MT-Bench's second turns, which are asked after the replies to the first"
-
-
-def commands(names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
-    """The commands that train and ask every system of these tables with train.py and sample.py."""
-
-    def line(*words: object) -> str:
-        return shlex.join(map(str, words))
-
-    bases = out / "family"
-    vocabulary_map = bases / "map.safetensors"
-    if "figure4" in names:
-        how = ["--base", bases / "other", "--value", bases / "small"]
-        how += ["--text", bases / "documents.json", "--out", vocabulary_map]
-        yield line("python", "vocab_map.py", *how)
-    if "table3" in names:
-        shapes = []
-        for base in ("llama-2-7b", "llama-2-13b"):
-            shapes += ["--shape", base, "tinyllama-1.1b"]
-        yield line("python", "experiments/bench.py", "decode", *shapes, "--tokens", *LENGTHS)
-
-    recipes = planned([name for name in names if name in TABLES])
-    for seed, (name, rows) in itertools.product(range(seeds), recipes.items()):
-        # what is trained
-        trained_to = out / f"seed{seed}" / name.replace(" ", "-")
-        if name in RECIPES:
-            recipe = RECIPES[name]
-            connection = recipe.settings.get("connection", "residual")
-            if recipe.beside:
-                how = ["--base", *(bases / base for base in recipe.beside)]
-                how += ["--connection", connection]
-                how += ["--lam", 1.0 if "lam" in recipe.settings else 0.0]
-                if connection != "probe":
-                    how += ["--value", bases / recipe.start]
-                if recipe.random:
-                    how += ["--random"]
-            else:
-                how = ["--base", bases / recipe.start, "--full"]
-            how += ["--data", bases / f"{recipe.data}.jsonl", "--seed", seed, "--out", trained_to]
-            yield line("python", "train.py", *how)
-        elif seed > 0:  # a base alone is asked once
-            continue
-
-        # and what is asked of it
-        for base, system in rows:
-            how = ["--base", bases / base, "--value", trained_to]
-            if system == "full":
-                how = ["--base", trained_to, "--value", "none"]
-            if system == "alone":
-                how = ["--base", bases / base, "--value", "none"]
-            if system == "proxy":
-                how += ["--antiexpert", bases / "small"]
-            if mapped(base, system):
-                how += ["--map", vocabulary_map]
-            how += ["--prompts", bases / "questions.jsonl"]
-            how += ["--out", replies_of(base, system, seed, out)]
-            yield line("python", "sample.py", *how)
-
-
 def scored(name: str, seeds: int, out: Path, device: torch.device) -> list[dict]:
     """The rows of all tables but the third."""
     keys, rows = TABLES[name]
@@ -585,35 +434,56 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*TABLES, "table3"]
     parser.add_argument("name", choices=[*sorted(names), "all", "findings"])
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help=f"({OUT}; at full size {full_size.OUT})")
     parser.add_argument(
         "--scale",
         type=number(1e-3, 16),
         help="1 takes two CPU cores less than an hour; larger ones want a GPU (1)",
     )
-    parser.add_argument("--seeds", type=whole(1, 1000), default=3)
     parser.add_argument(
+        "--seeds", type=whole(1, 1000), help="trainings of each system (3; with --commands 1)"
+    )
+    at_full_size = parser.add_mutually_exclusive_group()
+    at_full_size.add_argument(
         "--commands",
         action="store_true",
-        help="print a shell script that trains and writes replies at full size, and judges nothing",
+        help="print a shell script that trains and evaluates real models and fills the table",
+    )
+    at_full_size.add_argument(
+        "--fill",
+        action="store_true",
+        help="print what that script has measured so far, beside the paper's numbers",
     )
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:1, mps (auto)")
     args = parser.parse_args()
     chosen = [args.name] if args.name in names else []
     if args.name == "all":
         chosen = sorted(names)
-    if args.commands:
-        if not chosen:
-            raise InputError(f"--commands: {args.name} trains nothing; it reads tables")
-        for option in given(args, "scale", "device"):
-            raise InputError(f"--{option} has no effect with --commands; leave it out")
-        print(*script(chosen, args.seeds, args.out), sep="\n")
+    if args.commands or args.fill:
+        run_at_full_size(args, chosen)
         return
+    out = args.out or OUT
     if chosen:
         device = pick_device(args.device or "auto")
-        tables(chosen, args.scale or 1.0, args.seeds, args.out, device)
+        tables(chosen, args.scale or 1.0, args.seeds or 3, out, device)
     if args.name in ("findings", "all"):
-        claims.findings(args.out)
+        claims.findings(out)
+
+
+def run_at_full_size(args: argparse.Namespace, chosen: list[str]) -> None:
+    """--commands or --fill. Raises InputError for options that are the miniature's."""
+    option, others = "commands", ("scale", "device")
+    if args.fill:
+        option, others = "fill", ("scale", "device", "seeds")
+    if not chosen:
+        raise InputError(f"--{option}: {args.name} trains nothing; it reads tables")
+    for other in given(args, *others):
+        raise InputError(f"--{other} has no effect with --{option}; leave it out")
+    out = args.out or full_size.OUT
+    if args.fill:
+        full_size.fill(chosen, out)
+    else:
+        print(*full_size.script(args.name, chosen, args.seeds or 1, out), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 A row of Table 1 has eleven scores: how a model answers (MT-Bench, of 1 to 10), what it does without
 examples (IFEval to HumanEval) and what it makes of examples (ARC to Winogrande), in percent.
+A row of Table 3 has what decoding costs.
 """
 
 import csv
@@ -119,6 +120,24 @@ PROXY = {
     "Winogrande": 66.7,
 }
 
+# Table 3: seconds and peak memory per GPU of decoding 128, 512 and 1024 tokens, on H800s, the 70B
+# on four of them. GB are of 2^30 bytes: in 10^9 the weights alone would be more than is reported
+LENGTHS = (128, 512, 1024)
+COSTS = tuple(f"{unit} {tokens}" for tokens in LENGTHS for unit in ("seconds", "GB"))
+_PAPER_COSTS = """
+Tinyllama-1.1B
+alone  1.99  2.09  6.99  2.09 13.36  2.10
+Llama-2-7B
+alone  2.87 12.65 10.98 12.84 22.06 13.09
+1.1B   5.13 14.79 20.83 15.33 49.74 15.91
+Llama-2-13B
+alone  3.48 24.51 12.98 24.79 26.09 25.18
+1.1B   5.73 26.66 26.10 27.30 61.61 28.14
+Llama-2-70B
+alone 11.76 32.41 20.36 32.42 40.36 32.44
+1.1B  16.12 33.08 33.07 33.31 75.37 33.78
+"""
+
 
 def paper_rows() -> dict[tuple[str, str], dict[str, float]]:
     """(base, what answers beside it) → the paper's scores by column.
@@ -127,16 +146,37 @@ def paper_rows() -> dict[tuple[str, str], dict[str, float]]:
     >>> paper_rows()["Llama-2-7B", "1.1B norm"]["MMLU"]
     44.2
     """
+    rows = read_rows(_PAPER, COLUMNS)
+    rows["Llama-2-7B", "1.1B + 1.1B (proxy tuning)"] = PROXY
+    return rows
+
+
+def paper_costs() -> dict[tuple[str, str], dict[str, float]]:
+    """(base, what answers beside it, or "alone") → the paper's times and peak memory.
+
+    Example:
+    >>> paper_costs()["Llama-2-70B", "1.1B"]["seconds 128"]
+    16.12
+    """
+    return read_rows(_PAPER_COSTS, COSTS)
+
+
+def read_rows(text: str, columns: tuple[str, ...]) -> dict[tuple[str, str], dict[str, float]]:
+    """Rows of numbers, below the name of their base.
+
+    Example:
+    >>> read_rows("Llama-2-7B\\n1.1B norm 4.55 15.3", ("MT-Bench", "IFEval"))
+    {('Llama-2-7B', '1.1B norm'): {'MT-Bench': 4.55, 'IFEval': 15.3}}
+    """
     rows = {}
     base = ""
-    for line in _PAPER.strip().splitlines():
+    for line in text.strip().splitlines():
         words = line.split()
         if len(words) == 1:
             base = line
             continue
-        scores = map(float, words[-len(COLUMNS) :])
-        rows[base, " ".join(words[: -len(COLUMNS)])] = dict(zip(COLUMNS, scores))
-    rows["Llama-2-7B", "1.1B + 1.1B (proxy tuning)"] = PROXY
+        numbers = map(float, words[-len(columns) :])
+        rows[base, " ".join(words[: -len(columns)])] = dict(zip(columns, numbers))
     return rows
 
 

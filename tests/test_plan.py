@@ -7,24 +7,25 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from experiments import plan
+from extras import benchmarks
 from files import InputError
 from model import Config, Llama, save
 
-TABLE_3 = {  # peak GB per GPU for 128, 512 and 1024 tokens, on H800s
-    ("tinyllama-1.1b", None, 1): (2.09, 2.09, 2.10),
-    ("llama-2-7b", None, 1): (12.65, 12.84, 13.09),
-    ("llama-2-7b", "tinyllama-1.1b", 1): (14.79, 15.33, 15.91),
-    ("llama-2-13b", None, 1): (24.51, 24.79, 25.18),
-    ("llama-2-13b", "tinyllama-1.1b", 1): (26.66, 27.30, 28.14),
-    ("llama-2-70b", None, 4): (32.41, 32.42, 32.44),
-    ("llama-2-70b", "tinyllama-1.1b", 4): (33.08, 33.31, 33.78),
+SHAPES = {
+    "Tinyllama-1.1B": "tinyllama-1.1b",
+    "Llama-2-7B": "llama-2-7b",
+    "Llama-2-13B": "llama-2-13b",
+    "Llama-2-70B": "llama-2-70b",
 }
 
 
-@pytest.mark.parametrize("base, value, gpus", TABLE_3)
-def test_decoding_needs_what_table_3_says(base, value, gpus):
-    for tokens, measured in zip((128, 512, 1024), TABLE_3[base, value, gpus]):
-        parts = plan.decoding(plan.SHAPES[base], plan.SHAPES.get(value), gpus, tokens, 1)
+@pytest.mark.parametrize("base, system", benchmarks.paper_costs())
+def test_decoding_needs_what_table_3_says(base, system):
+    value = {"alone": None, "1.1B": plan.SHAPES["tinyllama-1.1b"]}[system]
+    gpus = 4 if base == "Llama-2-70B" else 1
+    for tokens in benchmarks.LENGTHS:
+        parts = plan.decoding(plan.SHAPES[SHAPES[base]], value, gpus, tokens, 1)
+        measured = benchmarks.paper_costs()[base, system][f"GB {tokens}"]
         assert sum(parts.values()) / plan.GIB == pytest.approx(measured, rel=0.05)
 
 

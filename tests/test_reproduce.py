@@ -1,7 +1,6 @@
 """The tables, at a tiny scale."""
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +37,6 @@ def test_bad_numbers_are_refused(run, tmp_path):
         result = run("experiments/reproduce.py", "figure3", *args, "--out", tmp_path)
         assert_refused(result, args[0])
         assert not any(tmp_path.iterdir())
-    for option in (("--scale", 2), ("--device", "cpu")):
-        result = run("experiments/reproduce.py", "figure3", "--commands", *option)
-        assert_refused(result, f"{option[0]} has no effect with --commands")
 
 
 def test_a_table_is_made_and_what_is_there_is_not_made_again(tmp_path):
@@ -142,130 +138,3 @@ def test_everything_runs_through(tmp_path):
             json.loads((tmp_path / f"{name}.json").read_text())
             and (tmp_path / f"{name}.png").exists()
         )
-
-
-def test_commands_name_every_row_once():
-    names = [*reproduce.TABLES]
-    lines = [shlex.split(line) for line in reproduce.commands(names, 2, Path("o"))]
-    asked = [line for line in lines if "sample.py" in line]
-    assert len({line[-1] for line in asked}) == len(asked)  # no replies over others
-    rows = {row for _, rows in reproduce.TABLES.values() for row in rows}
-    alone = {row for row in rows if row[1] == "alone"}
-    assert len(asked) == 2 * len(rows - alone) + len(alone)
-    assert sum("train.py" in line for line in lines) == 2 * len(reproduce.RECIPES)
-    assert not any("--greedy" in line for line in lines)  # as sample.py does unasked
-    assert not any(
-        line[1] in ("train.py", "sample.py")
-        for line in map(shlex.split, reproduce.commands(["table3"], 2, Path("o")))
-    )
-    curriculum = next(" ".join(line) for line in lines if line[-1] == "o/seed1/curriculum")
-    assert curriculum == (
-        "python train.py --base o/family/small o/family/medium o/family/large "
-        "--connection residual --lam 0.0 --value o/family/small "
-        "--data o/family/general.jsonl --seed 1 --out o/seed1/curriculum"
-    )
-    assert {line[-1] for line in asked if "/alone/" in line[-1]} == {
-        f"o/replies/alone/{base}.jsonl" for base, _ in alone
-    }
-    (line,) = [line for line in asked if line[-1] == "o/replies/alone/large.jsonl"]
-    assert " ".join(line) == (
-        "python sample.py --base o/family/large --value none --prompts o/family/questions.jsonl "
-        "--out o/replies/alone/large.jsonl"
-    )
-    assert {line[-1] for line in asked if "--antiexpert" in line} == {
-        f"o/replies/seed{seed}/small-full/medium.jsonl" for seed in (0, 1)
-    }
-    assert {line[-1] for line in asked if "--map" in line} == {
-        f"o/replies/seed{seed}/{name}/other.jsonl"
-        for seed in (0, 1)
-        for name in ("small", "small-norm", "curriculum")
-    }
-
-
-def comments(lines: list[str]) -> dict[str, str]:
-    """path → what is said of it, in the head of a script."""
-    said = [line.removeprefix("#     ") for line in lines if line.startswith("#     ")]
-    return dict(line.split(": ", 1) for line in said)
-
-
-@pytest.mark.parametrize("name", [*reproduce.TABLES, "table3"])
-def test_a_script_stops_at_errors_and_says_what_it_reads(name):
-    lines = [*reproduce.script([name], 2, Path("o"))]
-    assert lines[0].startswith("set -e")
-    commands = [shlex.split(line) for line in reproduce.commands([name], 2, Path("o"))]
-    assert [shlex.split(line) for line in lines if line.startswith("python ")] == commands
-
-    # all that stands in the family and is not made here
-    said = comments(lines)
-    words = {word for words in commands for word in words if word.startswith("o/family/")}
-    assert said.keys() == words - {"o/family/map.safetensors"}
-    assert all(about == reproduce.PARTS[Path(path).name] for path, about in said.items())
-
-
-def test_a_script_names_what_is_left_to_judge(tmp_path):
-    for name, (_, rows) in reproduce.TABLES.items():
-        text = "\n".join(reproduce.script([name], 2, Path("o")))
-        _, left = text.split("cat <<'END'\n")
-        of_replies, of_answers = reproduce.JUDGES[name]
-        assert left.endswith("\nEND") and "MT-Bench" in of_replies
-        assert of_replies in left and of_answers in left
-        assert bool(of_answers) == ("nothing here writes" in left) == name.startswith("table")
-
-        # each of its files of replies, once
-        files = [line.split(": ")[0].strip() for line in left.splitlines() if "    o/" in line]
-        assert len(files) == len(rows) == len({*files})
-        commands = map(shlex.split, reproduce.commands([name], 2, Path("o")))
-        written = {words[-1] for words in commands if words[1] == "sample.py"}
-        expected = {file.replace("*", seed) for file in files for seed in "01"}
-        assert expected == written
-    assert "nothing is left" in "\n".join(reproduce.script(["table3"], 2, Path("o")))
-
-
-def test_a_script_trains_nothing_before_all_is_there(tmp_path):
-    out = tmp_path / "it's here"
-    names = ["figure4", "table1"]
-    # commands that would be seen
-    text = "\n".join(reproduce.script(names, 1, out)).replace("\npython ", "\necho ")
-
-    def ran() -> subprocess.CompletedProcess:
-        return subprocess.run(["bash"], input=text, capture_output=True, text=True, cwd=tmp_path)
-
-    needed = [Path(path) for path in comments(text.splitlines())]
-    assert len(needed) == len(reproduce.PARTS)
-    for path in needed:
-        result = ran()
-        assert result.returncode == 2 and not result.stdout, result
-        assert f"error: {path} is not there" in result.stderr
-        assert len(result.stderr.splitlines()) == 1
-        path.mkdir(parents=True)
-    result = ran()
-    assert result.returncode == 0 and not result.stderr, result
-    assert result.stdout.startswith("vocab_map.py") and "left to judge" in result.stdout
-
-    # a command that fails is the last
-    text = text.replace("\necho train.py", "\nfalse train.py", 1)
-    result = ran()
-    assert result.returncode == 1 and "train.py" not in result.stdout
-
-
-def test_findings_have_no_commands_and_the_help_promises_no_scores(run):
-    assert_refused(run("experiments/reproduce.py", "findings", "--commands"), "trains nothing")
-    assert "judges nothing" in " ".join(run("experiments/reproduce.py", "--help").stdout.split())
-
-
-@pytest.mark.slow
-def test_commands_run_as_they_are(tmp_path):
-    world = family.prepare(tmp_path / "family", 0.02)
-    for name in ("small", "medium", "large", "other", "other-small"):
-        family.make_base(name, world, tmp_path / "family", 0.02, torch.device("cpu"))
-    (tmp_path / "family" / "questions.jsonl").write_text(
-        '{"messages": [{"role": "user", "content": "Who is it?"}]}\n'
-    )
-    script = "\n".join(reproduce.script(["figure4", "table4"], 1, tmp_path)).replace(
-        "\npython ", f"\n{sys.executable} "
-    )
-    result = subprocess.run(["bash"], input=script, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    rows = {row for name in ("figure4", "table4") for row in reproduce.TABLES[name][1]}
-    written = {*tmp_path.glob("replies/**/*.jsonl")}
-    assert written == {reproduce.replies_of(*row, 0, tmp_path) for row in rows}
