@@ -363,8 +363,8 @@ def machines(names: Sequence[str]) -> Iterator[str]:
     gpus = {way_to_train(RECIPES[name])[0][0] for name in trained if fits(name)}
     if any(base == SEVENTY for base, _ in rows):
         gpus.add(SLICES)
-    yield f"# By the arithmetic of experiments/plan.py it takes {max(gpus, default=1)} of GPUs with"
-    yield f"# {MEMORY} GB; where there is no torchrun in a command, one."
+    yield f"# By the arithmetic of experiments/plan.py it takes up to {max(gpus, default=1)} GPUs"
+    yield f"# of {MEMORY} GB; a command without torchrun takes one."
     large = [name for name in trained if not fits(name)]
     if large:
         yield "# These take more, come last, and can be removed; the table is then filled without:"

@@ -12,6 +12,7 @@ import sample
 import train
 import vocab_map
 from experiments import bench, reproduce
+from extras import evaluate
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -72,7 +73,7 @@ def options(script) -> set[str]:
 
 def test_every_option_exists():
     """Each --option that the README names is one of some script's."""
-    scripts = [train, sample, vocab_map, bench, reproduce]
+    scripts = [train, sample, vocab_map, bench, reproduce, evaluate]
     known = set().union(*map(options, scripts)) | {"--check", "--nproc_per_node", "--local_dir"}
     written = {
         word.replace("-", "_").replace("__", "--", 1)
