@@ -3,11 +3,13 @@
     pip install -r requirements-evaluate.txt "lm_eval[hf]"
     python experiments/bench_evaluate.py --base DIR --data FILES                # one model
     python experiments/bench_evaluate.py --base DIR --value DIR --data FILES    # a pair
+    python experiments/bench_evaluate.py --random DIR --pair --data FILES       # random Llamas
 
 Item by item: the largest difference of a log-likelihood, in nats; how many replies are the same
 text; and how long each took. A pair stands beside the sum of two transformers models' logits, which
 read the whole text again for each token of a reply; its time is compared with that of the harness's
-model for the base alone.
+model for the base alone. --random: Llamas of random weights with the tokenizer of DIR and a context
+of 4096 tokens, in which the examples of MMLU fit.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from data import Tokenizer
 from extras import harness
 from extras.evaluate import Asked
 from files import InputError, Parser, command, model_directory, whole
+from model import Config, Llama, save
 
 TASKS = (
     "ifeval gsm8k humaneval truthfulqa_mc2 mmlu_astronomy mmlu_global_facts "
@@ -84,6 +87,21 @@ class NaivePair(HFLM):
         return torch.tensor([row + [self.eot_token_id] * (longest - len(row)) for row in rows])
 
 
+def random_model(tokenizer: str, folder: Path, seed: int) -> str:
+    """The directory of a Llama of 12 to 15 million parameters, most of them its embedding."""
+    tokens = Tokenizer(tokenizer)
+    shape = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, head_dim=32)
+    heads = dict(num_attention_heads=8, num_key_value_heads=8)
+    special = dict(bos_token_id=tokens.bos, eos_token_id=tokens.eos, tie_word_embeddings=True)
+    config = Config(
+        vocab_size=len(tokens.tokens), max_position_embeddings=4096, **shape, **heads, **special
+    )
+    folder.mkdir()
+    save(Llama(config).init_weights(seed), folder)
+    tokens.save(folder)
+    return str(folder)
+
+
 def timed(model, kind: str, requests: list) -> tuple[list, float]:
     start = time.perf_counter()
     answers = getattr(model, kind)(requests)
@@ -93,7 +111,9 @@ def timed(model, kind: str, requests: list) -> tuple[list, float]:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--base", required=True, type=model_directory)
+    add("--base", type=model_directory)
+    add("--random", metavar="DIR", type=model_directory, help="instead: whose tokenizer")
+    add("--pair", action="store_true", help="with --random: a value model, too")
     add("--value", type=sample.directory_or_none, default="none")
     add("--data", required=True, help="local files, see extras/evaluate.py")
     add("--tasks", nargs="+", default=TASKS)
@@ -101,7 +121,17 @@ def main() -> None:
     add("--batch_size", type=whole(1, 10**6), default=16)
     add("--most", type=whole(1, 10**6), default=64, help="new tokens of a reply (64)")
     args = parser.parse_args()
+    if bool(args.base) == bool(args.random):
+        raise InputError("give --base, or --random")
+    with tempfile.TemporaryDirectory() as folder:
+        if args.random:
+            args.base = random_model(args.random, Path(folder) / "base", 0)
+        if args.pair:
+            args.value = random_model(args.random, Path(folder) / "value", 1)
+        compare(args)
 
+
+def compare(args: argparse.Namespace) -> None:
     speaker = Asked(sample.arguments(["--base", args.base, "--value", args.value]))
     speed = transformers_model(args.base, args.batch_size, speaker.context)
     reference = speed

@@ -101,6 +101,8 @@ class Pair(TemplateLM):
         self.batch_size = batch_size
         self.most = most
         self.prompts: dict[str, list[int]] = {}  # the ids of rendered chats
+        # a context comes with each of its answers
+        self.encoded = functools.lru_cache(maxsize=64)(speaker.tokenizer.encode)
         self.cut = 0  # contexts that lost their beginning, since the models' context is too short
 
     # ------------------------------------------------------------ tokens
@@ -121,7 +123,7 @@ class Pair(TemplateLM):
             return self.prompts[string]
         if add_special_tokens is False:
             return self.speaker.tokenizer.encoding(string).ids
-        return self.speaker.tokenizer.encode(string)
+        return self.encoded(string)
 
     def apply_chat_template(self, chat_history: list[dict], add_generation_prompt=True) -> str:
         """A chat as the models read it. Without `add_generation_prompt` its last message is the

@@ -11,13 +11,16 @@ a text back to an earlier place (`model.Reader`):
     ...
     the next batch begins where it still agrees with this one: after the examples
 
-The first token of an answer is already foretold by the context, so an answer of one token costs
-nothing, and one of n tokens n - 1.
+The last token of an answer is not read: the tokens before it, its *stem*, foretell it. So answers
+of one token cost nothing, and those with a common stem are read as one.
+
+Example: of the context `Answer:` and the answers `·A`, `·B`, `·Yes` (tokens `·`, `A`, `B`, `Yes`)
+the stem `·` is read once, and gives all three.
 
 Shapes: B batch (contexts), T time, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import pairwise
 from os.path import commonprefix  # of any sequences, not only of paths
 from typing import NamedTuple
@@ -63,12 +66,12 @@ def log_likelihoods(
     `vocabulary` that mean something else to each model, so the pair never says them.
     batch_size: so many contexts are read at a time.
     """
-    # the answers to each context, the longest first, so that in a turn all are of similar length
-    answers: dict[tuple[int, ...], list[int]] = {}
-    for k, question in enumerate(questions):
-        answers.setdefault(question.context, []).append(k)
-    for numbers in answers.values():
-        numbers.sort(key=lambda k: -len(questions[k].answer))
+    # of each context the stems, the longest first, so that in a turn all are of similar length; of
+    # each stem the questions
+    stems: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
+    for k in sorted(range(len(questions)), key=lambda k: -len(questions[k].answer)):
+        context, answer = questions[k]
+        stems.setdefault(context, {}).setdefault(answer[:-1], []).append(k)
     longest = max((len(q.context) + len(q.answer) for q in questions), default=0)
     models = [base] if value is None else [base, value]
     never = torch.tensor(sorted(differing), device=base.unembed.device, dtype=torch.long)
@@ -80,65 +83,82 @@ def log_likelihoods(
 
     readers: list = []
     before: list[tuple[int, ...]] = []  # the contexts that the readers have read
-    for contexts in batches(list(answers), batch_size):
+    for contexts in batches(list(stems), batch_size):
         # 1) the contexts, from where they differ from those before
         shared = 0
         if len(contexts) == len(before):
             shared = min(len(commonprefix(pair)) for pair in zip(before, contexts))
             shared = min(shared, min(map(len, contexts)) - 1)  # one token at least is read
-        if len(contexts) != len(before):
+        else:
             readers = [model.reader(len(contexts), longest) for model in models]
         if shared < EXAMPLES:
             shared = 0
-        lengths = [len(context) for context in contexts]
         for reader in readers:
             reader.back_to([shared] * len(contexts))
         tokens, counts = padded([context[shared:] for context in contexts])  # (B, T), (B,)
         first = log_p([reader.read(tokens, counts) for reader in readers])  # (B, V)
         before = contexts
 
-        # 2) turn by turn one answer of each row; a row that has no more repeats its last
+        # 2) turn by turn one stem of each row; a row that has no more repeats its last
         found: dict[int, Likelihood] = {}
-        numbers = [answers[context] for context in contexts]
-        for turn in range(max(map(len, numbers))):
-            asked = [row[min(turn, len(row) - 1)] for row in numbers]  # B questions
-            replies = [questions[k].answer for k in asked]
-            told = read_answers(readers, first, replies, log_p)
+        rows = [list(stems[context].items()) for context in contexts]
+        for turn in range(max(map(len, rows))):
+            turns = [row[min(turn, len(row) - 1)] for row in rows]
+            read = [[*stem] for stem, _ in turns]
+            said, greedy, last = read_stems(readers, first, read, contexts, log_p)
             for reader in readers:
-                reader.back_to(lengths)
-            found |= dict(zip(asked, told))
+                reader.back_to([len(context) for context in contexts])
+
+            # 3) the last token of each answer
+            asked = [(k, row) for row, (_, numbers) in enumerate(turns) for k in numbers]
+            numbers, which = zip(*asked)
+            ends = torch.tensor([questions[k].answer[-1] for k in numbers], device=last.device)
+            of_row = torch.tensor(which, device=last.device)
+            log_ps = said[of_row] + last[of_row, ends]  # (n,)
+            likeliest = greedy[of_row] & (last.argmax(-1)[of_row] == ends)  # (n,)
+            told = map(Likelihood, log_ps.tolist(), likeliest.tolist())
+            found |= dict(zip(numbers, told))
         yield found
 
 
-def read_answers(
-    readers: Sequence, first: Tensor, answers: Sequence[Sequence[int]], log_p
-) -> list[Likelihood]:
-    """An answer of each row, read after its context.
+def read_stems(
+    readers: Sequence,
+    first: Tensor,
+    stems: Sequence[list[int]],
+    contexts: Sequence[tuple[int, ...]],
+    log_p: Callable[[list[Tensor]], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A stem of each row, read after its context: log p of it (B,), whether each of its tokens is
+    the likeliest (B,), and log p of what comes next (B, V).
 
     first (B, V): log p of the token after each context; log_p: from the models' logits.
     """
-    # where an answer is shorter than the longest, its last token stands again, and does not count
-    T = max(map(len, answers))
-    rows = [[*answer, *[answer[-1]] * (T - len(answer))] for answer in answers]
-    tokens = torch.tensor(rows, device=first.device)  # (B, T)
-    counts = torch.tensor([len(answer) for answer in answers], device=first.device)  # (B,)
-
-    # log p of each token and of the likeliest one; the last token of all need not be read
-    said = [first.gather(-1, tokens[:, :1])]  # of (B, 1)
-    likeliest = [first.argmax(-1, keepdim=True)]  # of (B, 1)
-    width = max(1, LOGITS // first.numel())
-    for start in range(0, T - 1, width):
-        stop = min(start + width, T - 1)
-        z = [reader.read_each(tokens[:, start:stop]) for reader in readers]
-        p = log_p(z)  # (B, width, V)
-        said.append(p.gather(-1, tokens[:, start + 1 : stop + 1, None])[..., 0])
-        likeliest.append(p.argmax(-1))
-
-    # the sums over each answer's own tokens
+    # where a stem is shorter than the longest, some token of the row follows, and does not count
+    T = max(map(len, stems))
+    rows = [[*stem, *[row[-1]] * (T - len(stem))] for stem, row in zip(stems, contexts)]
+    tokens = torch.tensor(rows, dtype=torch.long, device=first.device)  # (B, T)
+    counts = torch.tensor([len(stem) for stem in stems], device=first.device)  # (B,)
     counted = torch.arange(T, device=first.device) < counts[:, None]  # (B, T)
-    sums = torch.cat(said, 1).masked_fill(~counted, 0.0).sum(-1)  # (B,)
-    greedy = ((torch.cat(likeliest, 1) == tokens) | ~counted).all(-1)  # (B,)
-    return [Likelihood(*row) for row in zip(sums.tolist(), greedy.tolist())]
+
+    said = torch.zeros_like(first[:, 0])  # (B,)
+    greedy = torch.ones_like(said, dtype=torch.bool)  # (B,)
+    last = first.clone()  # (B, V), what comes after each row's own stem
+    p = first[:, None]  # (B, 1, V), of the tokens that are read next
+    width = max(1, LOGITS // first.numel())
+    for start in range(0, T, width):
+        # what is read foretells the tokens after the first of them
+        stop = min(start + width, T)
+        z = [reader.read_each(tokens[:, start:stop]) for reader in readers]
+        p = torch.cat((p[:, -1:], log_p(z)), 1)  # (B, 1 + width, V)
+        now, counts_now = tokens[:, start:stop], counted[:, start:stop]
+        of_token = p[:, :-1].gather(-1, now[..., None])[..., 0]  # (B, width)
+        said += of_token.masked_fill(~counts_now, 0.0).sum(-1)
+        greedy &= ((p[:, :-1].argmax(-1) == now) | ~counts_now).all(-1)
+
+        # the rows whose stem ends here
+        ends = (start < counts) & (counts <= stop)
+        last[ends] = p[ends, counts[ends] - start]
+    return said, greedy, last
 
 
 def batches(
