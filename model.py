@@ -527,9 +527,9 @@ class Reader:
             last = h[rows, counts.to(self.device) - 1]  # (B, H)
         return self.logits(last)
 
-    def read_each(self, tokens: Tensor) -> Tensor:
-        """Reads on; the logits after each of the tokens (B, T): (B, T, V)."""
-        return self.logits(self.hidden(tokens))
+    def read_each(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Reads tokens (B, T) on; the logits after each from `start` on, (B, T − start, V)."""
+        return self.logits(self.hidden(tokens)[:, start:])
 
     def logits(self, h: Tensor) -> Tensor:
         """h (..., H) → (..., V), in float32."""

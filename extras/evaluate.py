@@ -173,11 +173,13 @@ class Evaluation:
         answers = harness.Answers(self.out / "answers.jsonl", known_by(self.args))
         left = [name for name in self.ours.tasks if not self.known(name)]
         tasks = {name: self.load(name) for name in left}
+        if torchrun():
+            from extras.sharding import from_rank_0, lead
+
+            from_rank_0(bool(left))  # whether the other ranks are needed
         if left:
             speaker = load_models(self.args)
             if torchrun():
-                from extras.sharding import dismiss, lead
-
                 lead(speaker, ("likelihoods", "whole_replies"))
             pair = harness.Pair(speaker, answers, self.ours.batch_size, self.args.most)
 
@@ -195,7 +197,7 @@ class Evaluation:
             write_text(self.out / "row.json", json.dumps(self.row(), indent=2) + "\n")
         self.print_row()
         if left and torchrun():
-            dismiss()
+            from_rank_0(None)
 
     # ------------------------------------------------------------ what is asked
 
@@ -342,6 +344,8 @@ class Evaluation:
 def load_models(args: argparse.Namespace) -> Asked:
     names = [getattr(args, name) for name in given(args, "base", "value", "antiexpert")]
     tell("loading " + " and ".join(str(name) for name in names if name != "none"))
+    if args.map:
+        tell("(through the map: log-likelihoods are of the value model's tokens)")
     return Asked(args, all_logits=True)
 
 
@@ -399,10 +403,11 @@ def main() -> None:
     if harness is None:
         raise InputError(f"{MISSING} is missing; pip install -r requirements-evaluate.txt")
     if not main_process():
-        from extras.sharding import follow
+        from extras.sharding import follow, from_rank_0
 
         # rank 0 asks; here is a slice of the models, which answers with the others
-        follow(load_models(args))
+        if from_rank_0(None):
+            follow(load_models(args))
         return
     with own_folder(ours.out, MARKS):
         Evaluation(ours, args).run()

@@ -4,10 +4,10 @@ Benchmarks with choices ask this of each choice. What several of them share is r
 a text back to an earlier place (`model.Reader`):
 
     contexts of the batch        A: examples, question 1      B: examples, question 2
-    1. read both contexts        ──────────────────────►      ──────────────────────►
-    2. each row's first answer                         ─►                           ──►
-       back to the contexts                            ◄─                           ◄──
-    3. each row's second answer                        ───►                         ─►
+    1. read each context, and    ──────────────────────►      ──────────────────────►
+       its first answer                                ─►                           ──►
+    2. back to the contexts                            ◄─                           ◄──
+       each row's second answer                        ───►                         ─►
     ...
     the next batch begins where it still agrees with this one: after the examples
 
@@ -74,6 +74,7 @@ def log_likelihoods(
         stems.setdefault(context, {}).setdefault(answer[:-1], []).append(k)
     longest = max((len(q.context) + len(q.answer) for q in questions), default=0)
     models = [base] if value is None else [base, value]
+    V = max(len(model.unembed) for model in models)
     never = torch.tensor(sorted(differing), device=base.unembed.device, dtype=torch.long)
 
     def log_p(z: list[Tensor]) -> Tensor:
@@ -84,7 +85,7 @@ def log_likelihoods(
     readers: list = []
     before: list[tuple[int, ...]] = []  # the contexts that the readers have read
     for contexts in batches(list(stems), batch_size):
-        # 1) the contexts, from where they differ from those before
+        # 1) back to where the contexts still agree with those before
         shared = 0
         if len(contexts) == len(before):
             shared = min(len(commonprefix(pair)) for pair in zip(before, contexts))
@@ -95,8 +96,6 @@ def log_likelihoods(
             shared = 0
         for reader in readers:
             reader.back_to([shared] * len(contexts))
-        tokens, counts = padded([context[shared:] for context in contexts])  # (B, T), (B,)
-        first = log_p([reader.read(tokens, counts) for reader in readers])  # (B, V)
         before = contexts
 
         # 2) turn by turn one stem of each row; a row that has no more repeats its last
@@ -104,10 +103,12 @@ def log_likelihoods(
         rows = [list(stems[context].items()) for context in contexts]
         for turn in range(max(map(len, rows))):
             turns = [row[min(turn, len(row) - 1)] for row in rows]
-            read = [[*stem] for stem, _ in turns]
-            said, greedy, last = read_stems(readers, first, read, contexts, log_p)
-            for reader in readers:
-                reader.back_to([len(context) for context in contexts])
+            texts = [[*context, *stem] for context, (stem, _) in zip(contexts, turns)]
+            if turn == 0:
+                pieces = read_contexts(readers, contexts, texts, shared, V, log_p)
+            else:
+                pieces = read_stems(readers, contexts, texts, V, log_p)
+            said, greedy, last = tell(pieces, [stem for stem, _ in turns])
 
             # 3) the last token of each answer
             asked = [(k, row) for row, (_, numbers) in enumerate(turns) for k in numbers]
@@ -121,43 +122,96 @@ def log_likelihoods(
         yield found
 
 
+def read_contexts(
+    readers: Sequence,
+    contexts: Sequence[tuple[int, ...]],
+    texts: Sequence[list[int]],
+    shared: int,
+    V: int,
+    log_p: Callable[[list[Tensor]], Tensor],
+) -> Iterator[Tensor]:
+    """Contexts and a stem of each, which begin with `shared` tokens that have been read: the same
+    as `read_stems`, if possible in one reading.
+
+    Example: the contexts `abcd` and `abc`, with stems `xy` and `z`, nothing read. One reading gives
+    log p after c, d, x, y and after c, z and two tokens of padding; of these each row has its own:
+    after d, x, y and after c, z.
+    """
+    # from the shortest context's last token on there are logits of every row
+    start = min(map(len, contexts)) - 1
+    B, window = len(texts), max(map(len, texts)) - start
+    if B * window * V > LOGITS:
+        tokens, counts = padded([context[shared:-1] for context in contexts])  # (B, T), (B,)
+        if counts.any():
+            for reader in readers:
+                reader.read(tokens, counts)
+        yield from read_stems(readers, contexts, texts, V, log_p)
+        return
+    tokens = filled([text[shared:] for text in texts])  # (B, T)
+    p = log_p([reader.read_each(tokens, start - shared) for reader in readers])  # (B, window, V)
+
+    # each row from its own context's last token on
+    rows = torch.arange(B)[:, None]
+    offsets = torch.tensor([[len(context) - 1 - start] for context in contexts])  # (B, 1)
+    columns = offsets + torch.arange(window)  # (B, window)
+    yield p[rows, columns.clamp(max=window - 1)]
+
+
 def read_stems(
     readers: Sequence,
-    first: Tensor,
-    stems: Sequence[list[int]],
     contexts: Sequence[tuple[int, ...]],
+    texts: Sequence[list[int]],
+    V: int,
     log_p: Callable[[list[Tensor]], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A stem of each row, read after its context: log p of it (B,), whether each of its tokens is
-    the likeliest (B,), and log p of what comes next (B, V).
-
-    first (B, V): log p of the token after each context; log_p: from the models' logits.
+) -> Iterator[Tensor]:
+    """A stem of each row, whose context has been read: log p (B, T, V) after the context's last
+    token, which is read again, and after each of the stem's; in pieces along T.
     """
-    # where a stem is shorter than the longest, some token of the row follows, and does not count
-    T = max(map(len, stems))
-    rows = [[*stem, *[row[-1]] * (T - len(stem))] for stem, row in zip(stems, contexts)]
-    tokens = torch.tensor(rows, dtype=torch.long, device=first.device)  # (B, T)
-    counts = torch.tensor([len(stem) for stem in stems], device=first.device)  # (B,)
-    counted = torch.arange(T, device=first.device) < counts[:, None]  # (B, T)
+    ends = [len(context) - 1 for context in contexts]
+    for reader in readers:
+        reader.back_to(ends)
+    tokens = filled([text[end:] for text, end in zip(texts, ends)])  # (B, T)
+    for piece in tokens.split(max(1, LOGITS // (len(texts) * V)), 1):
+        yield log_p([reader.read_each(piece) for reader in readers])
 
-    said = torch.zeros_like(first[:, 0])  # (B,)
-    greedy = torch.ones_like(said, dtype=torch.bool)  # (B,)
-    last = first.clone()  # (B, V), what comes after each row's own stem
-    p = first[:, None]  # (B, 1, V), of the tokens that are read next
-    width = max(1, LOGITS // first.numel())
-    for start in range(0, T, width):
-        # what is read foretells the tokens after the first of them
-        stop = min(start + width, T)
-        z = [reader.read_each(tokens[:, start:stop]) for reader in readers]
-        p = torch.cat((p[:, -1:], log_p(z)), 1)  # (B, 1 + width, V)
-        now, counts_now = tokens[:, start:stop], counted[:, start:stop]
-        of_token = p[:, :-1].gather(-1, now[..., None])[..., 0]  # (B, width)
-        said += of_token.masked_fill(~counts_now, 0.0).sum(-1)
-        greedy &= ((p[:, :-1].argmax(-1) == now) | ~counts_now).all(-1)
+
+def filled(texts: Sequence[list[int]]) -> Tensor:
+    """Texts side by side (B, T), the shorter ones with their last tokens again and again: these are
+    read, what comes of them is left out, and `back_to` takes them back.
+    """
+    T = max(map(len, texts))
+    return torch.tensor([[*text, *text[-1:] * (T - len(text))] for text in texts])
+
+
+def tell(
+    pieces: Iterator[Tensor], stems: Sequence[tuple[int, ...]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log p of each stem (B,), whether each of its tokens is the likeliest (B,), and log p of what
+    comes next (B, V).
+
+    pieces: log p (B, T, V) before each token of the stems and after the last, in pieces along T.
+    """
+    tokens, counts = padded([[*stem, 0] for stem in stems])  # (B, T), (B,)
+    counts = counts - 1  # a stem can be empty
+    said = greedy = last = None
+    start = 0
+    for p in pieces:
+        stop = min(start + p.shape[1], tokens.shape[1])
+        now = tokens[:, start:stop].to(p.device)  # (B, T), padded
+        counted = (torch.arange(start, stop) < counts[:, None]).to(p.device)  # (B, T)
+        if said is None:
+            said = p.new_zeros(len(stems))
+            greedy = torch.ones_like(said, dtype=torch.bool)
+            last = torch.empty_like(p[:, 0])
+        p = p[:, : stop - start]
+        of_token = p.gather(-1, now[..., None])[..., 0]  # (B, T)
+        said += of_token.masked_fill(~counted, 0.0).sum(-1)
+        greedy &= ((p.argmax(-1) == now) | ~counted).all(-1)
 
         # the rows whose stem ends here
-        ends = (start < counts) & (counts <= stop)
-        last[ends] = p[ends, counts[ends] - start]
+        (ending,) = ((start <= counts) & (counts < stop)).nonzero(as_tuple=True)
+        last[ending] = p[ending, counts[ending] - start]
+        start = stop
     return said, greedy, last
 
 

@@ -286,9 +286,14 @@ class MappedReader:
             state.value_ids = value_ids
         return z
 
-    def read_each(self, tokens: Tensor) -> Tensor:
-        """Reads on; the mapped logits after each of the tokens (B, T): (B, T, V_value)."""
-        return torch.stack([self.read(column[:, None]) for column in tokens.unbind(1)], 1)
+    def read_each(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """Reads on; the mapped logits after each of the tokens (B, T) from `start` on:
+        (B, T − start, V_value).
+        """
+        z = [self.read(tokens[:, : start + 1])]
+        for column in tokens[:, start + 1 :].unbind(1):
+            z.append(self.read(column[:, None]))
+        return torch.stack(z, 1)
 
     def back_to(self, lengths: Sequence[int]) -> None:
         for state, length in zip(self.states, lengths):

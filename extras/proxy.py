@@ -43,8 +43,8 @@ class ProxyReader:
     def read(self, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
         return self._difference([reader.read(tokens, counts) for reader in self.readers])
 
-    def read_each(self, tokens: Tensor) -> Tensor:
-        return self._difference([reader.read_each(tokens) for reader in self.readers])
+    def read_each(self, tokens: Tensor, start: int = 0) -> Tensor:
+        return self._difference([reader.read_each(tokens, start) for reader in self.readers])
 
     def _difference(self, z: list[Tensor]) -> Tensor:
         z_expert, z_antiexpert = z  # (..., V)

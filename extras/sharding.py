@@ -104,16 +104,23 @@ def rank_count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def from_rank_0(thing: object) -> object:
+    """What rank 0 has, on all ranks."""
+    box = [thing]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
 def ask(prompt: str) -> str:
     """`input`, asked once for all ranks. Raises EOFError."""
-    line = [None]
+    line = None
     if rank() == 0:
         with suppress(EOFError):
-            line = [input(prompt)]
-    dist.broadcast_object_list(line)
-    if line[0] is None:
+            line = input(prompt)
+    line = from_rank_0(line)
+    if line is None:
         raise EOFError
-    return line[0]
+    return line
 
 
 def lead(asked: object, names: Sequence[str]) -> None:
@@ -122,7 +129,7 @@ def lead(asked: object, names: Sequence[str]) -> None:
     """
 
     def on_all(name: str, method: Callable, *args, **options):
-        dist.broadcast_object_list([(name, args, options)])
+        from_rank_0((name, args, options))
         return method(*args, **options)
 
     for name in names:
@@ -130,20 +137,11 @@ def lead(asked: object, names: Sequence[str]) -> None:
 
 
 def follow(asked: object) -> None:
-    """On the other ranks: does what rank 0 does, until `dismiss`."""
-    while True:
-        call = [None]
-        dist.broadcast_object_list(call)
-        if call[0] is None:
-            return
-        name, args, options = call[0]
+    """On the other ranks: does what rank 0 does, until that gives None `from_rank_0`."""
+    while call := from_rank_0(None):
+        name, args, options = call
         for _ in getattr(asked, name)(*args, **options):
             pass
-
-
-def dismiss() -> None:
-    """On rank 0: the others need wait no longer."""
-    dist.broadcast_object_list([None])
 
 
 # ---------------------------------------------------------------- weights in and out

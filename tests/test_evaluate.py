@@ -1,12 +1,15 @@
 """The paper's benchmarks: against the harness's own model, on files made here and on real ones."""
 
 import json
+import os
 import random
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import assert_refused, make_directory
+from conftest import ROOT, assert_refused, make_directory
 
 pytest.importorskip("lm_eval", reason="the harness is not installed")
 
@@ -667,3 +670,52 @@ def test_the_papers_rows_stand_beside_models_of_their_size():
     assert not any("Full" in name or "+ 7B" in name or "13B" in name for name in names)
     assert [*benchmarks.beside(68_976_648_192)] == ["Llama-2-70B + Full"]
     assert benchmarks.beside(260_032) == {} == benchmarks.beside(260_032, 1_100_048_384)
+
+
+# ---------------------------------------------------------------- several ranks
+
+
+@pytest.mark.slow
+def test_two_ranks_answer_as_one(measured, roomy, data_dir, tmp_path):
+    """Each with a slice of both models; started again, and where something is missing, they end."""
+    words = ("--tasks", "winogrande", "gsm8k", "--limit", "4")
+    assert measured(*words, out=tmp_path / "one").returncode == 0
+
+    def two(*words, data=data_dir):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += [
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "extras.evaluate",
+            "--base",
+            roomy[0],
+            "--value",
+            roomy[1],
+        ]
+        command += ["--max_new_tokens", "12", "--data", data, "--out", tmp_path / "two", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(
+            [*map(str, command)],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            timeout=300,
+        )
+
+    done = two(*words)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = known(tmp_path / "one"), known(tmp_path / "two")
+    assert ours.keys() == theirs.keys() and len(ours) == 12
+    for key, answer in ours.items():
+        if isinstance(answer, str):
+            assert theirs[key] == answer
+        else:
+            assert theirs[key][0] == pytest.approx(answer[0], abs=1e-3)
+    again = two(*words)
+    assert again.returncode == 0 and again.stderr.count("known already") == 2, again.stderr
+    assert again.stdout == done.stdout
+    missing = two("--tasks", "hellaswag", data=tmp_path)
+    assert missing.returncode != 0 and missing.stderr.count("error: ") == 1
+    assert "has no Rowan/hellaswag" in missing.stderr
