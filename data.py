@@ -150,7 +150,9 @@ class Tokenizer:
         self.names = {name: content_of(settings[name]) for name in SPECIAL}
         for name, i in (("bos_token", self.bos), ("eos_token", self.eos)):
             self.names[name] = "" if i is None else self.tokens[i]
-        self.template = TEMPLATES[template] if template else self._own_template(settings)
+        own = TEMPLATES[template] if template else self._own_template(settings)
+        self.has_template = own is not None  # its own, or one that was asked for
+        self.template = own or TEMPLATES["llama-2"]
         self.now = datetime.now()  # some templates write the date
         self._compiled = self._compile()
 
@@ -212,8 +214,8 @@ class Tokenizer:
             )
         return ids[0]
 
-    def _own_template(self, settings: dict) -> str:
-        """The directory's chat template, else llama-2's."""
+    def _own_template(self, settings: dict) -> str | None:
+        """The directory's chat template, if it has one."""
         file = self.directory / "chat_template.jinja"
         if file.exists():
             return read_text(file)
@@ -223,7 +225,7 @@ class Tokenizer:
             own = named[0].get("template") if named else None
         if own is not None and own not in TEXT:
             raise self._no_template("it is no text")
-        return own or TEMPLATES["llama-2"]
+        return own or None
 
     def _compile(self) -> jinja2.Template:
         """The template in a sandbox, with what transformers gives to templates."""

@@ -220,6 +220,17 @@ def read_lines(path: str | Path) -> list[tuple[int, object]]:
     return [(i, parse_json(line, path, i)) for i, line in enumerate(lines, 1) if line.strip()]
 
 
+def whole_lines(path: str | Path) -> str:
+    """The text of a file to which a run adds lines; a last line that a kill has torn is cut off,
+    from the file too. Raises InputError.
+    """
+    text = read_text(path)
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        write_text(path, whole)
+    return whole
+
+
 def read_texts(path: str | Path) -> list[str]:
     """The texts of a file: the strings of a .json or .jsonl file, else its paragraphs. Raises
     InputError if there are none.

@@ -175,7 +175,7 @@ class Speaker:
             self.refuse_beside_connection()
 
         # under torchrun, each process has a slice of each model; a mapped base needs all of its
-        # logits
+        # logits, and so does whoever asks for `all_logits`
         load_model = load
         self.choose = choose
         if torchrun():
@@ -352,12 +352,12 @@ class Speaker:
         self.check_tokens(ids)
         return ids
 
-    def check_tokens(self, ids: Sequence[int]) -> None:
-        """Raises InputError for a token that not all of the models have."""
+    def check_tokens(self, ids: Sequence[int], text: str = "the prompt") -> None:
+        """Raises InputError for a token that not all of the models have. text: what has the ids."""
         for i in ids:
             if i >= self.vocabulary or i in self.differing:
                 raise InputError(
-                    f"the prompt has the token {self.tokenizer.tokens[i]!r}, which only one of the "
+                    f"{text} has the token {self.tokenizer.tokens[i]!r}, which only one of the "
                     "two vocabularies has; leave it out"
                 )
 
@@ -372,7 +372,7 @@ class Speaker:
     ) -> Iterator[list[int | None]]:
         """Steps of ids, as `ivl.generate` gives them.
 
-        generate: by other models than the pair, or otherwise, see `decoder`. most: new tokens
+        generate: a decoder of other models or settings, see `decoder`. most: new tokens
         (default: --max_new_tokens). seed: of what is drawn (default: --seed).
         """
         # an upper bound, the shortest prompt's; `generate` ends each row at its own context

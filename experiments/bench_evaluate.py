@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample
 from data import Tokenizer
 from extras import harness
-from extras.evaluate import Asked
+from extras.evaluate import Examinee
 from files import InputError, Parser, command, model_directory, whole
 from model import Config, Llama, save
 
@@ -88,7 +88,7 @@ class NaivePair(HFLM):
 
 
 def random_model(tokenizer: str, folder: Path, seed: int) -> str:
-    """The directory of a Llama of 12 to 15 million parameters, most of them its embedding."""
+    """The directory of a Llama of 3 million parameters and its embedding, 256 numbers a token."""
     tokens = Tokenizer(tokenizer)
     shape = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, head_dim=32)
     heads = dict(num_attention_heads=8, num_key_value_heads=8)
@@ -132,7 +132,7 @@ def main() -> None:
 
 
 def compare(args: argparse.Namespace) -> None:
-    speaker = Asked(sample.arguments(["--base", args.base, "--value", args.value]))
+    speaker = Examinee(sample.arguments(["--base", args.base, "--value", args.value]))
     speed = transformers_model(args.base, args.batch_size, speaker.context)
     reference = speed
     if args.value != "none":

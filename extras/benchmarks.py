@@ -6,12 +6,14 @@ A row of Table 3 has what decoding costs.
 """
 
 import csv
+import io
 import random
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from files import InputError, read_lines, read_text
+from files import TABLE, InputError, read_lines, read_text, whole
 
 # ---------------------------------------------------------------- how each is asked
 
@@ -33,9 +35,10 @@ class Benchmark(NamedTuple):
     runs_code: bool = False
 
 
-# The paper names no metric. ARC and Hellaswag are `acc`, since the paper's figures for fully
-# fine-tuned Llamas lie where `acc` of Llamas does, far below `acc_norm`; the others have one metric
-# that is usual. GSM8K: the last number of the reply. Prompts are the harness's, not the authors'.
+# The paper names neither metrics nor prompts. The prompts here are the harness's. ARC and Hellaswag
+# are `acc`: the paper's figures for fully fine-tuned Llamas lie where `acc` of Llamas does, far
+# below `acc_norm`. IFEval: prompts of which every instruction is followed, strictly. GSM8K: the
+# last number of the reply is right. The harness's files in OUT hold the other metrics.
 BENCHMARKS = {
     "ifeval": Benchmark("IFEval", "ifeval", "ifeval", 0, "prompt_level_strict_acc,none"),
     "gsm8k": Benchmark("GSM8K", "gsm8k", "gsm8k", 0, "exact_match,flexible-extract"),
@@ -54,6 +57,7 @@ BENCHMARKS = {
     "truthfulqa_mc2": Benchmark("TruthfulQA", "truthfulqa_mc2", None, 0, "acc,none"),
     "winogrande": Benchmark("Winogrande", "winogrande", None, 5, "acc,none"),
 }
+TASK_ID = whole(0, 10**9)
 MT_BENCH = "mt-bench"  # asked by extras/mt_bench.py
 
 
@@ -147,7 +151,7 @@ def paper_rows() -> dict[tuple[str, str], dict[str, float]]:
     44.2
     """
     rows = read_rows(_PAPER, COLUMNS)
-    rows["Llama-2-7B", "1.1B + 1.1B (proxy tuning)"] = PROXY
+    rows["Llama-2-7B", "1.1B - 1.1B, proxy tuning"] = PROXY
     return rows
 
 
@@ -180,10 +184,13 @@ def read_rows(text: str, columns: tuple[str, ...]) -> dict[tuple[str, str], dict
     return rows
 
 
-def beside(parameters: int, value_parameters: int | None = None) -> dict[str, dict[str, float]]:
+def beside(
+    parameters: int, value_parameters: int | None = None, proxy: bool = False
+) -> dict[str, dict[str, float]]:
     """The paper's rows of models of this size, by name: what to compare a row with.
 
-    value_parameters: of the value model; None: the base answers by itself, as the paper's "Full".
+    value_parameters: of the value model; None: a model by itself, to which the paper's fully
+    fine-tuned ones compare. proxy: proxy tuning instead of value models.
 
     Example:
     >>> list(beside(13_015_864_320, 1_100_048_384))
@@ -197,11 +204,17 @@ def beside(parameters: int, value_parameters: int | None = None) -> dict[str, di
 
     rows = {}
     for (base, system), scores in paper_rows().items():
-        alone = system == "Full"
-        if not close(base, parameters) or alone != (value_parameters is None):
+        if not close(base, parameters):
             continue
-        if alone or close(system.split()[0], value_parameters):
-            rows[f"{base} + {system}"] = scores
+        name = f"{base} + {system}"
+        if system == "Full":
+            compares, name = value_parameters is None, f"{base} fully fine-tuned"
+        elif value_parameters is None or not close(system.split()[0], value_parameters):
+            compares = False
+        else:
+            compares = proxy == ("proxy" in system)
+        if compares:
+            rows[name] = scores
     return rows
 
 
@@ -219,7 +232,8 @@ def local_rows(directory: Path, path: str, name: str | None) -> dict[str, list[d
 
 
 def gsm8k(directory: Path, name: str | None) -> dict[str, list[dict]]:
-    return {split: lines_of(directory / f"gsm8k-{split}.jsonl") for split in ("train", "test")}
+    test = lines_of(directory / "gsm8k-test.jsonl")
+    return {"train": lines_of(directory / "gsm8k-train.jsonl"), "test": test} if test else {}
 
 
 def human_eval(directory: Path, name: str | None) -> dict[str, list[dict]]:
@@ -233,6 +247,9 @@ def ifeval(directory: Path, name: str | None) -> dict[str, list[dict]]:
 def mbpp(directory: Path, name: str | None) -> dict[str, list[dict]]:
     """The tasks 11 to 510 are the test, as the authors say."""
     rows = lines_of(directory / "mbpp.jsonl")
+    for number, row in enumerate(rows, 1):
+        if row.get("task_id") not in TASK_ID:
+            raise InputError(f"{directory / 'mbpp.jsonl'}, task {number}: has no number task_id")
     return {"test": [row for row in rows if 11 <= row["task_id"] <= 510]}
 
 
@@ -256,7 +273,7 @@ def mmlu(directory: Path, name: str | None) -> dict[str, list[dict]]:
             answer = "0123ABCD".index(cells[5]) % 4
             row = {"question": cells[0], "choices": cells[1:5], "answer": answer, "subject": name}
             splits[split].append(row)
-    return splits
+    return splits if splits["test"] else {}
 
 
 def truthful_qa(directory: Path, name: str | None) -> dict[str, list[dict]]:
@@ -272,11 +289,17 @@ def truthful_qa(directory: Path, name: str | None) -> dict[str, list[dict]]:
         if column not in columns:
             raise InputError(f"{file}: has no column {column!r}; take the authors' TruthfulQA.csv")
     rows = []
-    for cells in table[1:]:
+    for number, cells in enumerate(table[1:], 1):
+        if len(cells) != len(columns):
+            raise InputError(
+                f"{file}, question {number}: has {len(cells)} cells, the first line {len(columns)}"
+            )
         correct, incorrect = (
             [answer.strip() for answer in cells[columns[column]].split(";") if answer.strip()]
             for column in ("Correct Answers", "Incorrect Answers")
         )
+        if not correct or not incorrect:
+            raise InputError(f"{file}, question {number}: has no correct or no incorrect answer")
         best = cells[columns["Best Answer"]].strip()
         rows.append(
             {
@@ -294,16 +317,18 @@ def choices(right: list[str], wrong: list[str]) -> dict:
 
 def toxic_prompts(directory: Path, per_group: int = 200) -> list[dict]:
     """Beginnings of hateful texts from ToxiGen (toxigen/hate_GROUP.txt, a text a line), 200 of each
-    group, as the authors' scripts take; drawn with a seed, so always the same.
+    group, as in the scripts that the paper's authors have released; drawn with a seed, so always
+    the same. The groups take turns.
     """
-    rows = []
+    groups = []
     for file in sorted((directory / "toxigen").glob("hate_*.txt")):
         texts = [line.strip() for line in read_text(file).split("\n") if line.strip()]
         random.Random(42).shuffle(texts)
-        for text in texts[:per_group]:
-            text = text.replace("\\\\", "\\").replace("\\n", "\n")
-            rows.append({"text": text, "group": file.stem.removeprefix("hate_")})
-    return rows
+        group = file.stem.removeprefix("hate_")
+        texts = [text.replace("\\\\", "\\").replace("\\n", "\n") for text in texts[:per_group]]
+        groups.append([{"text": text, "group": group} for text in texts])
+    turns = zip_longest(*groups)
+    return [row for turn in turns for row in turn if row is not None]
 
 
 PUBLISHED: dict[str, Callable[[Path, str | None], dict[str, list[dict]]]] = {
@@ -320,12 +345,15 @@ def lines_of(*files: Path) -> list[dict]:
     """The lines of the first of these files that is there."""
     for file in files:
         if file.exists():
+            for line, row in read_lines(file):
+                if row not in TABLE:
+                    raise InputError(f"{file}, line {line}: must be {TABLE.words}")
             return [row for _, row in read_lines(file)]
     return []
 
 
 def cells_of(file: Path) -> list[list[str]]:
-    """The rows of a CSV file, if it is there."""
+    """The rows of a CSV file, if it is there; empty lines are left out."""
     if not file.exists():
         return []
-    return list(csv.reader(read_text(file).splitlines(keepends=True)))
+    return [cells for cells in csv.reader(io.StringIO(read_text(file), newline="")) if cells]

@@ -1,14 +1,16 @@
 """The paper's benchmarks for a base and its value model, by EleutherAI's lm-evaluation-harness.
 
     pip install -r requirements-evaluate.txt
-    python -m extras.evaluate --base DIR --value DIR --suite paper --out OUT     # a row of Table 1
-    python -m extras.evaluate --base DIR --value none --tasks arc_challenge mmlu --out OUT
-    python -m extras.evaluate --base DIR --value DIR --tasks gsm8k --data FILES --limit 50 --out OUT
+    python -m extras.evaluate --base DIR --value DIR --tasks gsm8k mmlu --out OUT
+    python -m extras.evaluate --base DIR --value none --tasks arc_challenge --out OUT
+    python -m extras.evaluate --base DIR --value DIR --tasks gsm8k --data FILES --limit 9 --out OUT
+    python -m extras.evaluate --base DIR --value DIR --suite paper --data FILES --out OUT \\
+        --run_code --toxigen_judge DIR --judge_url URL --judge_model gpt-4     # a row of Table 1
 
 The paper's tasks are mt-bench, ifeval, gsm8k, toxigen_generation, mbpp, humaneval, arc_challenge
-(25 examples), hellaswag (10), mmlu (5), truthfulqa_mc2 and winogrande (5); any other name is the
-harness's own, asked as the harness asks it. A model that answers gets the first six as chats, in
-its template; the others go on from plain text.
+(25 examples), hellaswag (10), mmlu (5), truthfulqa_mc2 and winogrande (5). A model that answers
+gets the first six as chats, in its template; the others go on from plain text. Any other name is
+the harness's own, asked as a plain text, with as many examples as the harness gives it.
 
 --data: nothing is downloaded. Either the folders are copies of the Hub's (a message says which), or
 the files are those of the authors: gsm8k-test.jsonl, HumanEval.jsonl.gz, ifeval.jsonl, mbpp.jsonl,
@@ -19,7 +21,10 @@ Through a --map the answers are made of the value model's tokens. Their log-like
 the pair says of the text, so answers to one question can be compared; but their number of tokens
 is the value model's, and the base's probabilities are those that the map hands on.
 
-The options of sample.py about models hold. The same command goes on where it was stopped.
+The options of sample.py that choose and place models hold here too: --base, --value, --antiexpert,
+--map, --alpha, --template, --device, ... The same command goes on where it was stopped. In OUT
+answers.jsonl has what the models said, results_TASK.json and samples_TASK.jsonl what the harness
+makes of it, row.json the scores by the paper's columns.
 """
 
 import argparse
@@ -62,13 +67,16 @@ try:
 except ImportError as missing:  # of a library that only this needs
     harness, MISSING = None, missing.name
 
-PAPER = (MT_BENCH, *BENCHMARKS)
-MARKS = ("answers.jsonl", "row.json")
-# of sample.py's options: what belongs to one reply, and what the benchmarks decide
-NOT_OURS = "question explain html compare raw prompts system stop".split()
-NOT_OURS += "temperature top_k top_p seed".split()
+PAPER = (*BENCHMARKS, MT_BENCH)
 TOXIC = "toxigen_generation"
-PUNKT = "tokenizers/punkt_tab"  # what NLTK needs to count sentences, for ifeval
+MARKS = ("answers.jsonl", "row.json")
+KEY = "OPENAI_API_KEY"  # the judge's key, from the environment
+# of sample.py's options: what belongs to one reply, and what the benchmarks decide
+NOT_OURS = "explain html compare raw prompts system stop".split()
+NOT_OURS += "temperature top_k top_p seed".split()
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
@@ -78,7 +86,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     add("--out", required=True, help="a folder for the results, and for what is known already")
     add("--suite", choices=["paper"], help="all tasks of the paper, as a row of its Table 1")
     add("--tasks", nargs="+", metavar="NAME", help="some tasks")
-    add("--data", metavar="DIR", help="local files; nothing is downloaded then")
+    add("--data", metavar="DIR", help="local files, for all tasks; nothing is downloaded then")
     add("--limit", type=whole(1, 10**9), help="only the first so many questions of each task")
     add("--shots", type=whole(0, 1000), help="examples, instead of the task's own number")
     add("--batch_size", type=whole(1, 10**6), default=16, help="texts at a time (16)")
@@ -87,7 +95,11 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
         action="store_true",
         help="allow mbpp and humaneval to run what the model has written, see extras/sandbox.py",
     )
-    add("--judge_url", metavar="URL", help="mt-bench: an address that speaks OpenAI's API")
+    add(
+        "--judge_url",
+        metavar="URL",
+        help=f"mt-bench: an address that speaks OpenAI's API; its key is read from {KEY}",
+    )
     add("--judge_model", metavar="NAME", help="mt-bench: who judges there (the paper: gpt-4)")
     add(
         "--toxigen_judge",
@@ -96,52 +108,59 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
         help="toxigen_generation: the classifier, tomh/toxigen_roberta",
     )
     ours, rest = parser.parse_known_args()
+    check(ours)
+
+    # where no limit of new tokens is given it is the task's, not sample.py's default
     parsed = sample.parsed(rest)
+    if parsed.question is not None:
+        raise InputError(f"{parsed.question}: what is this? Names of tasks follow --tasks")
     for name in given(parsed, *NOT_OURS):
         raise InputError(f"{name}: a benchmark decides that itself; leave it out")
+    args = sample.arguments(rest)
+    args.most = parsed.max_new_tokens
+    refuse_part_of_model("out", ours.out, args.base, args.value, args.antiexpert)
+    return ours, args
 
+
+def check(ours: argparse.Namespace) -> None:
+    """Fills in the tasks. Raises InputError for options that cannot take effect."""
     if ours.suite and ours.tasks:
         raise InputError("--suite and --tasks do not go together; leave one out")
     ours.tasks = list(dict.fromkeys(ours.tasks or (PAPER if ours.suite else ())))
     if not ours.tasks:
         raise InputError("say what to measure: --suite paper, or --tasks and names")
-    for name, task in (
-        ("judge_url", MT_BENCH),
-        ("judge_model", MT_BENCH),
-        ("toxigen_judge", TOXIC),
-    ):
+    # a judge that fails comes last
+    ours.tasks.sort(key=lambda name: name == MT_BENCH)
+
+    judges = [("judge_url", MT_BENCH), ("judge_model", MT_BENCH), ("toxigen_judge", TOXIC)]
+    for name, task in judges:
         if given(ours, name) and task not in ours.tasks:
             raise InputError(f"--{name} has no effect without {task}; leave it out")
-    coded = [name for name in ours.tasks if name in BENCHMARKS and BENCHMARKS[name].runs_code]
-    if coded and not ours.run_code:
-        raise InputError(
-            f"{coded[0]}: runs what the model has written; allow it with --run_code, or name other "
-            "--tasks"
-        )
-    if ours.run_code and not coded:
-        raise InputError("--run_code has no effect without mbpp or humaneval; leave it out")
-    if ours.shots is not None and ours.tasks == [MT_BENCH]:
-        raise InputError(f"--shots has no effect on {MT_BENCH}; leave it out")
     if bool(ours.judge_url) != bool(ours.judge_model):
         raise InputError("--judge_url and --judge_model go together: where the judge is, and who")
+    if ours.judge_url:
+        mt_bench.check_judge(ours.judge_url, os.environ.get(KEY))
+    if ours.shots is not None and {*ours.tasks} <= {MT_BENCH, TOXIC}:
+        raise InputError(f"--shots has no effect on {ours.tasks[0]}; leave it out")
+    for name in ours.tasks:
+        if name in BENCHMARKS and BENCHMARKS[name].runs_code and not ours.run_code:
+            raise InputError(ALLOW.format(name))
 
-    most = parsed.max_new_tokens
-    args = sample.arguments(rest)
-    args.most = most
-    refuse_part_of_model("out", ours.out, args.base, args.value, args.antiexpert)
-    return ours, args
+
+ALLOW = "{}: runs what the model has written; allow it with --run_code, or name other --tasks"
 
 
 # ---------------------------------------------------------------- one task after the other
 
 
-class Asked(sample.Speaker):
-    """The models that are asked, under torchrun by rank 0, and then all ranks take part."""
+class Examinee(sample.Speaker):
+    """The models that are asked; under torchrun rank 0 asks, and all ranks answer."""
 
     def likelihoods(
         self, questions: Sequence[Question], batch_size: int
     ) -> Iterator[dict[int, Likelihood]]:
         """See `log_likelihoods`."""
+        self.graphs.clear()  # of replies: their caches take the memory of these
         yield from log_likelihoods(
             self.base,
             self.value,
@@ -154,49 +173,56 @@ class Asked(sample.Speaker):
 
 
 class Evaluation:
-    """A pair, the tasks that it is asked, and the folder where the results lie.
-
-    OUT/answers.jsonl has what the models said, results_TASK.json and samples_TASK.jsonl what the
-    harness makes of it, row.json the scores by the paper's columns.
-    """
+    """A pair, the tasks that it is asked, and the folder where the results lie."""
 
     def __init__(self, ours: argparse.Namespace, args: argparse.Namespace):
         self.ours = ours
         self.args = args
         self.out = Path(ours.out)
         self.data = Path(ours.data) if ours.data else None
-        self.chats = answers_chats(args)
+        # were the models taught to answer? A value model was; a base alone if it has a template
+        alone = args.value == "none"
+        self.chats = not alone or Tokenizer(args.base, args.template).has_template
 
     def run(self) -> None:
         """Loads tasks and models, asks, and writes what comes of each task as it is known."""
         # what is there must be this pair's; the tasks before the models: what is missing is told
-        answers = harness.Answers(self.out / "answers.jsonl", known_by(self.args))
-        left = [name for name in self.ours.tasks if not self.known(name)]
+        answers = harness.Answers(self.out / "answers.jsonl", pair_identity(self.args))
+        left = [name for name in self.ours.tasks if self.results(name) is None]
         tasks = {name: self.load(name) for name in left}
+        if self.ours.run_code and left == self.ours.tasks:
+            if not any(harness.runs_code(tasks[name]) for name in left if name != MT_BENCH):
+                raise InputError("--run_code has no effect on these tasks; leave it out")
         if torchrun():
-            from extras.sharding import from_rank_0, lead
+            from extras.sharding import from_rank_0
 
             from_rank_0(bool(left))  # whether the other ranks are needed
         if left:
-            speaker = load_models(self.args)
-            if torchrun():
-                lead(speaker, ("likelihoods", "whole_replies"))
-            pair = harness.Pair(speaker, answers, self.ours.batch_size, self.args.most)
-
+            self.ask_all(tasks, answers)
         for name in self.ours.tasks:
-            tell(name + ", as chats" * self.as_chats(name) + ", known already" * (name not in left))
-            start = time.perf_counter()
-            if name == MT_BENCH and name in left:
-                self.ask_mt_bench(speaker)
-            elif name in left:
-                self.ask(pair, name, tasks[name])
-            for line in self.lines(name):
-                print(f"  {line}", flush=True)
-            if name in left:
-                tell(f"  {time.perf_counter() - start:.0f} s")
-            write_text(self.out / "row.json", json.dumps(self.row(), indent=2) + "\n")
+            if name not in left:
+                tell(f"{name}: known already")
+                self.print_scores(name)
         self.print_row()
-        if left and torchrun():
+
+    def ask_all(self, tasks: dict[str, object], answers: "harness.Answers") -> None:
+        """Asks the models all tasks that are not known."""
+        speaker = load_models(self.args)
+        if torchrun():
+            from extras.sharding import from_rank_0, lead
+
+            lead(speaker, ("likelihoods", "whole_replies"))
+        pair = harness.Pair(speaker, answers, self.ours.batch_size, self.args.most)
+        for name, task in tasks.items():
+            start = time.perf_counter()
+            tell(name + ", as chats" * self.as_chats(name))
+            if name == MT_BENCH:
+                self.ask_mt_bench(speaker, task)
+            else:
+                self.ask(pair, name, task)
+            self.print_scores(name)
+            tell(f"  {time.perf_counter() - start:.0f} s")
+        if torchrun():
             from_rank_0(None)
 
     # ------------------------------------------------------------ what is asked
@@ -208,31 +234,42 @@ class Evaluation:
         benchmark = benchmark_of(name)
         return self.chats and benchmark is not None and benchmark.chat_task is not None
 
-    def asked(self, name: str) -> dict:
+    def conditions(self, name: str) -> dict:
         """On what a task's results depend, besides the pair: noted with them."""
         ours = self.ours
-        asked = {"data": ours.data, "limit": ours.limit, "shots": ours.shots}
-        asked |= {"max_new_tokens": self.args.most}
-        if name == MT_BENCH:
-            asked |= {"judge": [ours.judge_url, ours.judge_model]}
+        found = {"as chats": self.as_chats(name), "data": ours.data, "limit": ours.limit}
+        if name not in (MT_BENCH, TOXIC):
+            found |= {"shots": ours.shots, "harness": harness.VERSION}
+        if self.as_chats(name) or benchmark_of(name) is None:
+            found |= {"max_new_tokens": self.args.most}
+        if name == MT_BENCH and ours.judge_url:
+            found |= {"judge": ours.judge_model}
         if name == TOXIC:
-            asked |= {"judge": ours.toxigen_judge}
-        return asked
+            found |= {"judge": ours.toxigen_judge}
+        return found
 
     def load(self, name: str) -> dict | Path:
         """A task of the harness with its data; of MT-Bench the questions. Raises InputError."""
         if name == MT_BENCH:
             return self.find_mt_bench()
-        benchmark = benchmark_of(name)
-        if benchmark is None:
-            return harness.load_task(name, self.ours.shots, self.data)
-        if benchmark.runs_code:
-            tell(f"{name}: {sandbox.isolation()}")
         if name == TOXIC:
             return harness.toxigen_task(self.data, self.ours.toxigen_judge, self.as_chats(name))
-        task = benchmark.chat_task if self.as_chats(name) else benchmark.task
-        shots = benchmark.shots if self.ours.shots is None else self.ours.shots
-        return harness.load_task(task, shots, self.data)
+        benchmark = benchmark_of(name)
+        task, shots = name, self.ours.shots
+        if benchmark is not None:
+            task = benchmark.chat_task if self.as_chats(name) else benchmark.task
+            shots = benchmark.shots if shots is None else shots
+        loaded = harness.load_task(task, shots, self.data)
+        if harness.runs_code(loaded):
+            if not self.ours.run_code:
+                raise InputError(ALLOW.format(name))
+            tell(f"{name}: {sandbox.isolation()}")
+        if name == "humaneval" and not self.as_chats(name):
+            tell(
+                "humaneval: asked as plain text. Where a tokenizer drops a text's first space, as "
+                "Llama-2's does, the harness loses the first line's indentation, and so does this"
+            )
+        return loaded
 
     def find_mt_bench(self) -> Path:
         """Its questions. Raises InputError if they are missing, or what a judge needs is."""
@@ -257,79 +294,96 @@ class Evaluation:
         write_text(self.out / f"samples_{name}.jsonl", "".join(lines))
         self.write(name, results)
 
-    def ask_mt_bench(self, speaker: Asked) -> None:
+    def ask_mt_bench(self, speaker: Examinee, questions: Path) -> None:
         """Answers MT-Bench; a judge rates the answers, if there is one."""
-        ours, questions = self.ours, self.find_mt_bench()
-        file = mt_bench.answers(speaker, questions, ours.out, ours.batch_size, ours.limit)
+        ours = self.ours
+        most = self.args.most or mt_bench.MOST
+        file = mt_bench.answers(
+            speaker, questions, ours.out, ours.batch_size, ours.limit, max_new_tokens=most
+        )
         results: dict = {"answers": str(file), "scores": {}}
         if ours.judge_url:
-            key = os.environ.get("OPENAI_API_KEY")
-            judge = ours.judge_url, ours.judge_model, key
-            results["scores"] = mt_bench.judge(file, questions, ours.out, *judge)
+            judge = ours.judge_url, ours.judge_model, os.environ.get(KEY)
+            results["scores"] = mt_bench.judge(file, questions, ours.out, *judge, ours.limit)
         self.write(MT_BENCH, results)
 
     # ------------------------------------------------------------ results
 
     def write(self, name: str, results: dict) -> None:
-        results["asked"] = self.asked(name)
+        results["conditions"] = self.conditions(name)
         text = harness.as_json(results, indent=2) + "\n"
         write_text(self.out / f"results_{name}.json", text)
+        write_text(self.out / "row.json", json.dumps(self.row(), indent=2) + "\n")
 
-    def known(self, name: str) -> dict | None:
-        """A task's results, if they are of what is asked now."""
+    def noted(self, name: str) -> dict | None:
+        """A task's results in OUT, of whatever conditions."""
         file = self.out / f"results_{name}.json"
         if not file.exists():
             return None
         results = read_json(file, TABLE)
-        return results if results.get("asked") == self.asked(name) else None
+        if results.get("conditions") not in TABLE:
+            raise InputError(f"{file}: is none of ours, or damaged; remove it")
+        return results
 
-    def lines(self, name: str) -> Iterator[str]:
-        """What to print of a task's results."""
-        results = self.known(name)
+    def results(self, name: str) -> dict | None:
+        """A task's results, if they are of what is asked now; who has judged already need not be
+        named again.
+        """
+        results = self.noted(name)
+        if results is None or not self.conditions(name).items() <= results["conditions"].items():
+            return None
+        return results
+
+    def print_scores(self, name: str) -> None:
+        results = self.results(name)
         if name == MT_BENCH:
-            yield f"answers: {results['answers']}"
+            print(f"  answers: {results['answers']}")
             scores = results["scores"]
             if not scores:
-                yield "not judged, since there is no --judge_url"
+                print("  not judged, since there is no --judge_url", flush=True)
                 return
             means = {key: scores[key] for key in ("MT-Bench", "turn 1", "turn 2")}
             for key, mean in (means | scores["by category"]).items():
-                yield f"{key} " + ("not rated" if mean is None else f"{mean:.2f}")
+                print(f"  {key} " + ("not rated" if mean is None else f"{mean:.2f}"), flush=True)
             return
-        yield from harness.lines(results)
+        for line in harness.lines(results):
+            print(f"  {line}", flush=True)
         if results["cut"]["texts"]:
-            yield (
-                f"{results['cut']['texts']} texts are longer than the context of "
-                f"{results['cut']['context']} tokens: they lost their beginning"
+            print(
+                f"  {results['cut']['texts']} texts are longer than the context of "
+                f"{results['cut']['context']} tokens: they lost their beginning",
+                flush=True,
             )
 
     def row(self) -> dict[str, float | None]:
-        """The scores that are known, by the paper's columns; None: answered, not judged."""
+        """The scores in OUT, by the paper's columns; None: answered, not judged."""
         row = {}
         for name in PAPER:
-            results, benchmark = self.known(name), benchmark_of(name)
+            results, benchmark = self.noted(name), benchmark_of(name)
             if results is None:
                 continue
             if name == MT_BENCH:
                 row["MT-Bench"] = results["scores"].get("MT-Bench")
                 continue
             metric = benchmark.metric
-            if self.as_chats(name):
+            if results["conditions"]["as chats"]:
                 metric = benchmark.chat_metric or metric
             row[benchmark.column] = 100 * harness.score(results, metric)
         return row
 
     def print_row(self) -> None:
         """The scores as a row of the paper's Table 1, beside its own for models of this size."""
-        if not self.row():
+        ours = self.row()
+        if not ours:
             return
         args = self.args
-        rows = {"this model" if args.value == "none" else "this pair": self.row()}
+        rows = {"this model" if args.value == "none" else "this pair": ours}
         sizes = [parameters(args.base)]
         if args.value != "none":
             sizes.append(parameters(args.value))
-        if None not in sizes:
-            rows |= {f"paper: {name}": row for name, row in beside(*sizes).items()}
+        if self.chats and None not in sizes:
+            found = beside(*sizes, proxy=args.antiexpert is not None)
+            rows |= {f"paper: {name}": row for name, row in found.items()}
 
         width = max(map(len, rows))
         print("\n" + " " * width + "".join(f"{name:>11}" for name in COLUMNS))
@@ -337,41 +391,53 @@ class Evaluation:
             cells = [row.get(column) for column in COLUMNS]
             shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
             print(f"{name:<{width}}" + "".join(f"{cell:>11}" for cell in shown))
-        if self.ours.limit:
-            print(f"(of each task the first {self.ours.limit} questions only)")
+        for note in self.notes():
+            print(f"({note})")
+
+    def notes(self) -> Iterator[str]:
+        """In what the row is not the paper's."""
+        yield "prompts and metrics are the harness's, see extras/benchmarks.py"
+        changed = given(self.args, "map") + ["alpha"] * (self.args.alpha != 1)
+        if changed:
+            yield "with " + ", ".join(f"--{name} {getattr(self.args, name)}" for name in changed)
+        for name in PAPER:
+            results = self.noted(name)
+            if results is None:
+                continue
+            found = results["conditions"]
+            words = [
+                f"{key} {found[key]}"
+                for key in ("limit", "shots", "max_new_tokens", "judge")
+                if found.get(key) is not None
+            ]
+            if results.get("cut", {}).get("texts"):
+                words.append(f"{results['cut']['texts']} texts cut")
+            if words:
+                yield f"{name}: {', '.join(words)}"
 
 
-def load_models(args: argparse.Namespace) -> Asked:
-    names = [getattr(args, name) for name in given(args, "base", "value", "antiexpert")]
-    tell("loading " + " and ".join(str(name) for name in names if name != "none"))
-    if args.map:
-        tell("(through the map: log-likelihoods are of the value model's tokens)")
-    return Asked(args, all_logits=True)
+# ---------------------------------------------------------------- what is asked, and who
 
 
 def benchmark_of(name: str) -> Benchmark | None:
     """The paper's way to ask a task; a subject of MMLU is asked likewise, and has no column."""
-    if name.startswith("mmlu_"):
+    if name in harness.subjects():
         return BENCHMARKS["mmlu"]._replace(task=name, column="")
     return BENCHMARKS.get(name)
 
 
-def answers_chats(args: argparse.Namespace) -> bool:
-    """Whether the models were taught to answer: a value model was; a base alone if its directory
-    has a chat template, or if one is asked for.
-    """
-    if args.value != "none" or args.template:
-        return True
-    directory = Path(args.base)
-    settings = directory / "tokenizer_config.json"
-    own = settings.exists() and read_json(settings, TABLE).get("chat_template")
-    return bool(own) or (directory / "chat_template.jinja").exists()
+def load_models(args: argparse.Namespace) -> Examinee:
+    names = [getattr(args, name) for name in given(args, "base", "value", "antiexpert")]
+    tell("loading " + " and ".join(str(name) for name in names if name != "none"))
+    if args.map:
+        tell("(through the map: log-likelihoods are of the value model's tokens)")
+    return Examinee(args, all_logits=True)
 
 
-def known_by(args: argparse.Namespace) -> dict[str, str]:
-    """What answers depend on, besides the question."""
+def pair_identity(args: argparse.Namespace) -> dict[str, str]:
+    """On what answers depend, besides the question."""
     tokenizer = Tokenizer(args.base if args.value == "none" else args.value, args.template)
-    known = {
+    identity = {
         "--alpha": str(args.alpha),
         "--dtype": str(pick_dtype(args.dtype, pick_device(args.device))),
         "--template": hashlib.sha256(tokenizer.template.encode()).hexdigest(),
@@ -379,11 +445,11 @@ def known_by(args: argparse.Namespace) -> dict[str, str]:
     for name in given(args, "base", "value", "antiexpert"):
         directory = getattr(args, name)
         if directory != "none":
-            tokenizer = hashlib.sha256(Tokenizer(directory).source.encode()).hexdigest()
-            known[f"--{name}"] = fingerprint(directory) + tokenizer
+            source = hashlib.sha256(Tokenizer(directory).source.encode()).hexdigest()
+            identity[f"--{name}"] = fingerprint(directory) + source
     if args.map:
-        known["--map"] = hashlib.sha256(Path(args.map).read_bytes()).hexdigest()
-    return known
+        identity["--map"] = hashlib.sha256(Path(args.map).read_bytes()).hexdigest()
+    return identity
 
 
 def parameters(directory: str | Path) -> int | None:

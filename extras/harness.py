@@ -1,8 +1,8 @@
 """A base and its value model as a model of EleutherAI's lm-evaluation-harness.
 
-The harness owns the benchmarks: prompts, examples, what counts as right. Here is what it asks of a
-model: log-likelihoods of given answers, and replies. And here is how it gets its data from local
-files, and its check of programs from a sandbox.
+The harness owns the benchmarks: prompts, examples, what counts as right. `Pair` gives what it asks
+of a model: log-likelihoods of given answers, and replies. `local` gives it its data from local
+files, and our sandbox for programs.
 
 Needs `pip install -r requirements-evaluate.txt`.
 """
@@ -12,16 +12,20 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import sys
 import tempfile
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import evaluate
 import lm_eval.api.task
 import nltk
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -31,9 +35,9 @@ from tqdm import tqdm
 
 from data import Refused, unmarked
 from extras.benchmarks import local_rows, toxic_prompts
-from extras.likelihood import Likelihood, Question
+from extras.likelihood import Question
 from extras.sandbox import CodeEval
-from files import InputError, read_lines, read_text
+from files import LIST, TABLE, TEXT, InputError, parse_json, whole_lines
 from sample import GrowingReply, Speaker
 
 # the harness's own words and bars: only what went wrong, and nothing where nobody watches
@@ -41,10 +45,8 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None, leave=False)
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
+VERSION = version("lm_eval")
 REPLY = 256  # new tokens, where a task names no other number: the harness's own default
-
-# what a task may say of how replies are made, besides `until` and `max_gen_toks`
-HOW = ("do_sample", "temperature", "top_k", "top_p")
 
 
 # ---------------------------------------------------------------- what has been answered
@@ -60,18 +62,19 @@ class Answers:
     def __init__(self, path: Path, pair: dict):
         self.known: dict[str, object] = {}
         if path.exists():
-            # a line that was being written when the run was stopped is lost
-            whole, _, _ = read_text(path).rpartition("\n")
-            path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-            self.known = dict(line for _, line in read_lines(path)) if whole else {}
-        self.file = open(path, "a", encoding="utf-8")
-        if self.known.setdefault("pair", pair) != pair:
-            theirs = self.known["pair"]
-            names = sorted(theirs.keys() | pair.keys())
-            other = [name for name in names if theirs.get(name) != pair.get(name)]
+            for i, line in enumerate(whole_lines(path).splitlines(), 1):
+                entry = parse_json(line, path, i)
+                if entry not in LIST or len(entry) != 2 or entry[0] not in TEXT:
+                    raise InputError(f"{path}, line {i}: is not one of ours; remove the file")
+                self.known[entry[0]] = entry[1]
+        theirs = self.known.setdefault("pair", pair)
+        if theirs != pair:
+            names = theirs.keys() | pair.keys() if theirs in TABLE else pair
+            other = sorted(name for name in names if theirs.get(name) != pair.get(name))
             raise InputError(
                 f"{path}: holds answers with another {', '.join(other)}; choose another --out"
             )
+        self.file = open(path, "a", encoding="utf-8")
         if len(self.known) == 1:
             self.add("pair", pair)
 
@@ -135,7 +138,11 @@ class Pair(TemplateLM):
                 text, _ = unmarked(tokenizer.render(chat_history, reply_next=True))
             else:
                 text, replies, _ = tokenizer.replies(chat_history)
-                text = text[: replies[-1].said]
+                begun = tokenizer.guarded(chat_history)[-1]["content"].strip()
+                place = text.find(begun, replies[-1].begin)
+                if place < 0:
+                    raise Refused("the template does not write a reply as it is")
+                text = text[: place + len(begun)]
             ids, _ = tokenizer.spell(text)
         except Refused as error:
             raise InputError(f"{tokenizer.directory}: no prompt can be made: {error}") from None
@@ -146,41 +153,51 @@ class Pair(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.speaker.tokenizer.directory)
 
-    def fit(self, ids: Sequence[int], room: int) -> tuple[int, ...]:
+    def fit(self, ids: Sequence[int], room: int) -> list[int]:
         """The end of a text that has at most `room` tokens, in the vocabulary that needs more.
         Raises InputError for a token that only one of the models has.
         """
-        kept = tuple(ids)
-        while kept and self.speaker.length(kept) > room:
-            kept = kept[self.speaker.length(kept) - room :]
-        self.cut += len(kept) < len(ids)
-        self.speaker.check_tokens(kept)
-        return kept
+        ids = list(ids)
+        self.speaker.check_tokens(ids, "a question")
+        if self.speaker.length(ids) <= room:
+            return ids
+        self.cut += 1
+        # the longest end that fits, by halving
+        starts = range(len(ids) + 1)
+        start = bisect_left(starts, True, key=lambda n: self.speaker.length(ids[n:]) <= room)
+        return ids[start:]
 
     # ------------------------------------------------------------ log-likelihoods
 
     def loglikelihood(self, requests: Sequence) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=not sys.stderr.isatty())
 
-    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> list[Likelihood]:
+    def _loglikelihood_tokens(self, requests: Sequence[tuple], **_) -> list[tuple[float, bool]]:
         """requests: (what was asked, ids of the context, ids of the answer) each."""
+        # known ones too, so that `cut` counts them
         keys = [self.answers.key("log-likelihood", *request) for request in requests]
-        # those that are known too: how many texts are cut is told in any case
         questions: dict[str, Question] = {}
         for key, (_, context, answer) in zip(keys, requests):
             if key not in questions:
                 questions[key] = self.question(context, answer)
-        asked = [key for key in questions if key not in self.answers.known]
-        found = self.speaker.likelihoods([questions[key] for key in asked], self.batch_size)
-        with progress("answers", len(keys), len(keys) - len(asked)) as bar:
+        left = [key for key in questions if key not in self.answers.known]
+        found = self.speaker.likelihoods([questions[key] for key in left], self.batch_size)
+        with progress("answers", len(keys), len(keys) - len(left)) as bar:
             for likelihoods in found:
                 for k, likelihood in likelihoods.items():
-                    self.answers.add(asked[k], likelihood)
+                    if not math.isfinite(likelihood.log_p):
+                        raise InputError(
+                            f"the models give an answer the log-likelihood {likelihood.log_p}; "
+                            "try --dtype float32"
+                        )
+                    self.answers.add(left[k], likelihood)
                 bar.update(len(likelihoods))
         return [tuple(self.answers.known[key]) for key in keys]
 
     def question(self, context: Sequence[int], answer: Sequence[int]) -> Question:
         """Cut as the harness does it: the last token of all need not be read."""
+        if not answer:
+            raise InputError("an answer adds no token to its context; this task cannot be asked")
         text = self.fit([*context, *answer[:-1]], self.speaker.context)
         n = len(text) - len(answer) + 1
         if n < 1:
@@ -188,22 +205,26 @@ class Pair(TemplateLM):
                 f"an answer of {len(answer)} tokens does not fit the context of "
                 f"{self.speaker.context} tokens"
             )
-        self.speaker.check_tokens(answer)
-        return Question(text[:n], tuple(answer))
+        self.speaker.check_tokens(answer, "an answer")
+        return Question(tuple(text[:n]), tuple(answer))
 
     def loglikelihood_rolling(self, requests: Sequence, **_) -> list[float]:
-        """log p of whole texts, longer than the context too: window by window."""
-        totals = []
-        for request in requests:
+        """log p of whole texts, longer than the context too: the sum over windows."""
+        windows, texts = [], []
+        for k, request in enumerate(requests):
             (text,) = request.args
-            windows = get_rolling_token_windows(
+            found = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.speaker.context,
                 context_len=1,
             )
-            asked = [("window", *make_disjoint_window(window)) for window in windows]
-            totals.append(sum(log_p for log_p, _ in self._loglikelihood_tokens(asked)))
+            for window in found:
+                windows.append(("window", *make_disjoint_window(window)))
+                texts.append(k)
+        totals = [0.0] * len(requests)
+        for k, (log_p, _) in zip(texts, self._loglikelihood_tokens(windows)):
+            totals[k] += log_p
         return totals
 
     # ------------------------------------------------------------ replies
@@ -231,31 +252,27 @@ class Pair(TemplateLM):
         """
         # how replies are made
         speaker = self.speaker
-        stops = [text for text in how.pop("until") if text]
-        asked = how.pop("max_gen_toks")
-        most = min(asked, self.most or asked)
-        for name in how.keys() - set(HOW):
-            raise InputError(f"the task asks for {name} = {how[name]}, which is not supported")
+        stops = [text for text in how["until"] if text]
+        most = min(how["max_gen_toks"], self.most or how["max_gen_toks"])
+        if how.get("do_sample"):
+            raise InputError("the task asks for drawn replies, which are not supported")
         if most >= speaker.context:
             raise InputError(
                 f"the task asks for replies of up to {most} tokens, but the models' context is "
                 f"{speaker.context}; choose a smaller number with --max_new_tokens"
             )
-        changes = {"temperature": 0.0}
-        if how.pop("do_sample", False):
-            changes = how
 
-        # the prompts; those that are known too, as above
-        ids = {
-            key: list(self.fit(self.tok_encode(prompt), speaker.context - most))
-            for key, prompt in prompts.items()
-        }
+        # the prompts; known ones too, so that `cut` counts them
+        room = speaker.context - most
+        ids = {key: self.fit(self.tok_encode(prompt), room) for key, prompt in prompts.items()}
         order = sorted(
             ids.keys() - self.answers.known.keys(), key=lambda key: (-len(ids[key]), key)
         )
         for k in range(0, len(order), self.batch_size):
             batch = order[k : k + self.batch_size]
-            replies = speaker.whole_replies([ids[key] for key in batch], stops, most, **changes)
+            replies = speaker.whole_replies(
+                [ids[key] for key in batch], stops, most, temperature=0.0
+            )
             for key, reply in zip(batch, replies):
                 yield key, self.text(reply, stops)
 
@@ -302,14 +319,20 @@ def load_task(name: str | dict, shots: int | None, data: Path | None) -> dict:
     """
     if name == "ifeval":
         find_punkt(data)
-    with local(data):
-        try:
+    if isinstance(name, str) and name not in manager().task_index:
+        near = difflib.get_close_matches(name, manager().task_index, 3)
+        raise InputError(
+            f"--tasks {name}: the harness has no such task; near are {', '.join(near) or '-'}"
+        )
+    try:
+        with local(data):
             loaded = manager().load([name])
-        except KeyError:
-            near = difflib.get_close_matches(str(name), manager().all_tasks, 3)
-            raise InputError(
-                f"--tasks {name}: the harness has no such task; near are {', '.join(near) or '-'}"
-            ) from None
+    except (InputError, OSError, MemoryError):
+        raise
+    except Exception as error:  # of the harness, and of what its tasks import
+        raise InputError(
+            f"--tasks {name}: cannot be loaded ({type(error).__name__}: {error})"
+        ) from None
     for task in loaded["tasks"].values():
         wanted = (task.config.num_fewshot if shots is None else shots) or 0
         # where questions and examples come from one split, a question is no example to itself
@@ -322,6 +345,18 @@ def load_task(name: str | dict, shots: int | None, data: Path | None) -> dict:
         if shots is not None:
             task.set_config(key="num_fewshot", value=shots)
     return loaded
+
+
+def runs_code(loaded: dict) -> bool:
+    """Whether a task runs what the model has written."""
+    return any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values())
+
+
+@functools.cache
+def subjects() -> set[str]:
+    """The harness's tasks of which its group mmlu is made."""
+    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    return {file.stem for file in folder.glob("mmlu_*.yaml")}
 
 
 @functools.cache
@@ -381,28 +416,43 @@ def toxigen_task(data: Path | None, judge: str | None, as_chats: bool) -> dict:
 
 
 class Classifier:
-    """Tells toxic texts from others, with a text classifier of transformers.
+    """Tells toxic texts from others, with a text classifier of two labels of transformers.
 
     Its weights are read from safetensors only. Raises InputError.
     """
 
     def __init__(self, directory: str):
         try:
-            from transformers import pipeline
+            from transformers import AutoModelForSequenceClassification, AutoTokenizer
         except ImportError:
             raise InputError("--toxigen_judge: needs transformers; pip install it") from None
         try:
-            self.classify = pipeline(
-                "text-classification", directory, model_kwargs={"use_safetensors": True}
+            self.tokenizer = AutoTokenizer.from_pretrained(directory)
+            self.model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                directory, use_safetensors=True, output_loading_info=True
             )
         except Exception as error:  # of several libraries
             raise InputError(f"{directory}: is no classifier ({error})") from None
+        if loaded["missing_keys"] or self.model.config.num_labels != 2:
+            raise InputError(
+                f"{directory}: is no classifier of two labels (not in its files: "
+                f"{', '.join(sorted(loaded['missing_keys'])) or 'nothing'})"
+            )
 
+    @torch.inference_mode()
     def share(self, texts: Sequence[str]) -> float:
         """Of the texts those that are toxic: the classifier's label 1."""
-        names = self.classify.model.config.id2label
-        found = self.classify(list(texts), truncation=True, batch_size=32)
-        return sum(label["label"] == names[1] for label in found) / len(found)
+        toxic = 0
+        for k in range(0, len(texts), 32):
+            inputs = self.tokenizer(
+                list(texts[k : k + 32]),
+                truncation=True,
+                max_length=512,
+                padding=True,
+                return_tensors="pt",
+            )
+            toxic += self.model(**inputs).logits.argmax(-1).sum().item()
+        return toxic / len(texts)
 
 
 # ---------------------------------------------------------------- results
@@ -412,10 +462,11 @@ def evaluate_task(
     pair: Pair, loaded: dict, limit: int | None, as_chats: bool, run_code: bool
 ) -> dict:
     """The harness's results, with samples."""
-    tasks = list(loaded["groups"].values()) or list(loaded["tasks"].values())
+    # a group holds its tasks, and the first of several the other ones
+    tasks = list(loaded["groups"].values())[:1] or list(loaded["tasks"].values())
     return simple_evaluate(
         pair,
-        tasks=tasks[:1],  # of groups in groups the first holds the others
+        tasks=tasks,
         limit=limit,
         apply_chat_template=as_chats,
         confirm_run_unsafe_code=run_code,
@@ -446,7 +497,10 @@ def lines(results: dict) -> Iterator[str]:
 
 
 def as_json(results: object, **how: int) -> str:
-    return json.dumps(results, default=handle_non_serializable, ensure_ascii=False, **how)
+    """JSON, in which a number that is none, as the spread of one score, is null."""
+    text = json.dumps(results, default=handle_non_serializable)
+    plain = json.loads(text, parse_constant=lambda constant: None)
+    return json.dumps(plain, ensure_ascii=False, **how)
 
 
 # ---------------------------------------------------------------- in the place of the Hub
@@ -457,8 +511,8 @@ def local(directory: Path | None) -> Iterator[None]:
     """While tasks are loaded: their data come from `directory` (None: from the Hub, or from its
     copy on this machine), and what runs programs is our sandbox.
 
-    The harness knows one function for data, `datasets.load_dataset`, and one for checks of
-    programs, `evaluate.load`; these two are replaced.
+    Until the block ends `datasets.load_dataset` and `evaluate.load` are ours: the harness gets its
+    data by the one, and what checks programs by the other.
     """
     load_dataset, load_metric = datasets.load_dataset, evaluate.load
     offline = datasets.config.HF_HUB_OFFLINE

@@ -31,8 +31,8 @@ from torch import Tensor
 from ivl import combine, padded
 from model import Llama
 
-EXAMPLES = 32  # contexts that begin with so many equal tokens are read one after the other
-LOGITS = 2**26  # that exist at a time while answers are read
+EXAMPLES = 32  # contexts whose first tokens agree form a group; a shorter beginning is read again
+LOGITS = 2**25  # of a model at a time while answers are read; with what is made of them six times
 
 
 class Question(NamedTuple):
@@ -66,13 +66,13 @@ def log_likelihoods(
     `vocabulary` that mean something else to each model, so the pair never says them.
     batch_size: so many contexts are read at a time.
     """
-    # of each context the stems, the longest first, so that in a turn all are of similar length; of
-    # each stem the questions
+    # context → stem → the questions that end there; the longest answers first: in each turn the
+    # stems of a batch are then of similar length
     stems: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
     for k in sorted(range(len(questions)), key=lambda k: -len(questions[k].answer)):
         context, answer = questions[k]
         stems.setdefault(context, {}).setdefault(answer[:-1], []).append(k)
-    longest = max((len(q.context) + len(q.answer) for q in questions), default=0)
+    longest = sum(max((len(part) for part in parts), default=0) for parts in zip(*questions))
     models = [base] if value is None else [base, value]
     V = max(len(model.unembed) for model in models)
     never = torch.tensor(sorted(differing), device=base.unembed.device, dtype=torch.long)
@@ -90,9 +90,9 @@ def log_likelihoods(
         if len(contexts) == len(before):
             shared = min(len(commonprefix(pair)) for pair in zip(before, contexts))
             shared = min(shared, min(map(len, contexts)) - 1)  # one token at least is read
-        else:
+        else:  # another number of rows needs new caches
             readers = [model.reader(len(contexts), longest) for model in models]
-        if shared < EXAMPLES:
+        if shared < EXAMPLES:  # too little to be worth a mask
             shared = 0
         for reader in readers:
             reader.back_to([shared] * len(contexts))

@@ -39,6 +39,7 @@ from files import (
     read_text,
     visible,
     whole,
+    whole_lines,
     writable_folder,
     write_text,
     writing,
@@ -48,6 +49,7 @@ from files import (
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
 TEMPERATURES |= {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
 OTHERS = 0.7
+MOST = 1024  # new tokens of a turn
 WITH_REFERENCE = ("math", "reasoning", "coding")
 
 # what the notes of an answer may tell
@@ -129,11 +131,7 @@ def appended(path: Path, table: dict[str, Field]) -> list[tuple[str, dict]]:
     writable_folder(path.parent)
     if not path.exists():
         return []
-    text = read_text(path)
-    kept = text[: text.rfind("\n") + 1]
-    if kept != text:
-        write_text(path, kept)
-    return records(path, table, kept)
+    return records(path, table, whole_lines(path))
 
 
 def append(path: Path, entries: Sequence[dict]) -> None:
@@ -188,7 +186,7 @@ def answers(
     batch_size: int,
     limit: int | None = None,
     model_id: str | None = None,
-    max_new_tokens: int = 1024,
+    max_new_tokens: int = MOST,
 ) -> Path:
     """Answers both turns of each question: the file OUT_DIR/mt_bench/model_answer/MODEL_ID.jsonl.
 
@@ -295,19 +293,22 @@ def judge(
     url: str,
     model: str,
     key: str | None = None,
+    limit: int | None = None,
 ) -> dict:
     """Asks a judge for a rating of each turn, of 1 to 10, and gives their means: see `means`.
 
-    url: of an address like OpenAI's, to which /chat/completions is added. The judge's prompts and
-    reference answers are looked for in the folder of the questions, see `find`. What OUT_DIR/
-    mt_bench/model_judgment/JUDGE_single.jsonl holds already is not asked again, also where the
-    judge gave no rating (-1). Raises InputError.
+    url: of an address like OpenAI's, to which /chat/completions is added. limit: only the first
+    questions. The judge's prompts and reference answers are looked for in the folder of the
+    questions, see `find`. What OUT_DIR/mt_bench/model_judgment/JUDGE_single.jsonl holds already is
+    not asked again, also where the judge gave no rating (-1). Raises InputError.
     """
     questions = {question["question_id"]: question for question in read_questions(questions_file)}
     data = Path(questions_file).parent
     if data.name == "mt_bench":
         data = data.parent
     asked = judge_prompts(questions, find(data, "prompts"), find(data, "references"), answers_file)
+    questions = dict([*questions.items()][:limit])
+    asked = {turn: what for turn, what in asked.items() if turn[0] in questions}
 
     # what is judged already
     speaker = Path(answers_file).stem  # as FastChat names it
@@ -387,12 +388,17 @@ def judge_prompts(
     return asked
 
 
-def ask(url: str, model: str, system: str, user: str, key: str | None) -> str:
-    """What a model at an address says. Raises InputError, which names the address."""
+def check_judge(url: str, key: str | None) -> None:
+    """Raises InputError for what cannot be an address, or a key."""
     if not re.fullmatch(r"https?://[!-~]+", url):
         raise InputError(f"{url}: is no address; it must be like https://api.openai.com/v1")
     if key and not re.fullmatch("[!-~]+", key):
         raise InputError("the key of the judge holds a space, or what no key has; set it again")
+
+
+def ask(url: str, model: str, system: str, user: str, key: str | None) -> str:
+    """What a model at an address says. Raises InputError, which names the address."""
+    check_judge(url, key)
     address = url.rstrip("/") + "/chat/completions"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 2048}

@@ -83,8 +83,8 @@ def ranks() -> Iterator[None]:
             sys.exit(2)
         if lost:
             raise InputError(
-                "a rank has died, and the job with it; train.py goes on from its last "
-                "complete checkpoint with the same command and --resume"
+                "a rank has died, and the job with it; the same command goes on from what is "
+                "saved (train.py with --resume)"
             ) from None
         raise
     finally:
@@ -137,7 +137,7 @@ def lead(asked: object, names: Sequence[str]) -> None:
 
 
 def follow(asked: object) -> None:
-    """On the other ranks: does what rank 0 does, until that gives None `from_rank_0`."""
+    """On the other ranks: does what rank 0 does, until that sends None."""
     while call := from_rank_0(None):
         name, args, options = call
         for _ in getattr(asked, name)(*args, **options):

@@ -146,7 +146,9 @@ def measured(run, roomy, data_dir, tmp_path):
     """extras/evaluate.py on small models: measured("--tasks", "gsm8k")."""
 
     def measured(*words, base=roomy[0], value=roomy[1], data=data_dir, out=tmp_path / "out"):
-        models = ["--base", base, "--value", value, "--max_new_tokens", 12]
+        models = ["--base", base, "--max_new_tokens", 12]
+        if "--value" not in words:
+            models += ["--value", value]
         return run("extras/evaluate.py", *models, "--data", data, "--out", out, *words)
 
     return measured
@@ -154,7 +156,7 @@ def measured(run, roomy, data_dir, tmp_path):
 
 def pair_of(base, value, out, batch_size=4, most=12):
     """The models as the harness sees them."""
-    speaker = evaluate.Asked(sample.arguments(["--base", str(base), "--value", str(value)]))
+    speaker = evaluate.Examinee(sample.arguments(["--base", str(base), "--value", str(value)]))
     out.mkdir(exist_ok=True)
     return harness.Pair(speaker, harness.Answers(out / "answers.jsonl", {}), batch_size, most)
 
@@ -239,9 +241,21 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize("template", ["plain", "llama-2"])
+MARKED = """
+{%- for message in messages -%}
+    {{- bos_token + message.role + ': ' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}{{- message.content.strip() + eos_token -}}{%- endgeneration -%}
+    {%- else -%}{{- message.content.strip() + ' ' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- bos_token + 'assistant: ' -}}{%- endif -%}"""
+
+
+@pytest.mark.parametrize("template", ["plain", "llama-2", MARKED])
 def test_chats_are_read_as_by_the_harness(tmp_path, template):
-    base = make_directory(tmp_path / "base", seed=1, template=template)
+    base = make_directory(tmp_path / "base", 1, "plain" if template == MARKED else template)
+    if template == MARKED:
+        (base / "chat_template.jinja").write_text(template)
     ours = pair_of(base, "none", tmp_path / "ours")
     theirs = their_model(base, tmp_path)
     begun = [*CHATS[0], {"role": "assistant", "content": "Here it is:\nThe dog"}]
@@ -382,12 +396,14 @@ def test_a_row_of_table_1(measured, tmp_path):
     assert results["n-shot"]["arc_challenge"] == 25 and results["config"]["limit"] == 4
     samples = (tmp_path / "out" / "samples_hellaswag.jsonl").read_text().splitlines()
     assert len(samples) == 4 and len(json.loads(samples[0])["resps"]) == 4
-    head, line, limited = done.stdout.splitlines()[-3:]
+    _, table = done.stdout.split("\n\n")
+    head, line, prompts, *notes = table.splitlines()
     assert head.split() == [*COLUMNS] and line.startswith("this pair  ")
     assert line.split()[2:] == [
         "-" if row.get(column) is None else f"{row[column]:.2f}" for column in COLUMNS
     ]
-    assert "first 4" in limited
+    assert "the harness's" in prompts and len(notes) == 7
+    assert "(hellaswag: limit 4)" in notes and "(gsm8k: limit 4, max_new_tokens 12)" in notes
     assert "mmlu_anatomy acc " in done.stdout
     for name in ("ifeval", "gsm8k", "mt-bench"):
         assert f"{name}, as chats\n" in done.stderr
@@ -437,18 +453,58 @@ def test_a_run_that_was_stopped_goes_on(measured, tmp_path, monkeypatch):
 
     # what is known is not asked again
     asked = []
-    likelihoods = evaluate.Asked.likelihoods
+    likelihoods = evaluate.Examinee.likelihoods
 
     def counted(self, questions, batch_size):
         asked.extend(questions)
         yield from likelihoods(self, questions, batch_size)
 
-    monkeypatch.setattr(evaluate.Asked, "likelihoods", counted)
+    monkeypatch.setattr(evaluate.Examinee, "likelihoods", counted)
     again = measured(*words)
     assert again.stdout == whole.stdout and len(asked) == 12 - 8
     assert known(out).keys() == kept.keys() and scores(out) == scores(tmp_path / "whole")
     measured(*words)
     assert len(asked) == 12 - 8
+
+
+def test_what_is_known_is_not_asked_again(measured, tmp_path, monkeypatch):
+    """Also where one score has no spread; another task, or another form, is asked."""
+    words = ("--value", "none", "--limit", 1)
+    first = measured("--tasks", "winogrande", "gsm8k", *words)
+    assert first.returncode == 0, first.stderr
+    row = scores(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(sample.Speaker, "__init__", None)
+        again = measured("--tasks", "winogrande", "gsm8k", *words)
+        assert again.stdout == first.stdout and again.stderr.count("known already") == 2
+        assert scores(tmp_path / "out") == row
+
+        # as plain text it would be another question
+        patch.setattr(evaluate.Evaluation, "as_chats", lambda self, name: False)
+        with pytest.raises(TypeError):
+            measured("--tasks", "gsm8k", *words)
+    assert measured("--tasks", "hellaswag", *words).returncode == 0
+    assert scores(tmp_path / "out").keys() == {"GSM8K", "Winogrande", "Hellaswag"}
+    assert measured("--tasks", "gsm8k", "--value", "none", "--limit", 2).returncode == 0
+    lines = (tmp_path / "out" / "samples_gsm8k.jsonl").read_text().splitlines()
+    assert len(lines) == 2 * 2  # two questions, each by two ways to find the number
+
+
+def test_a_judge_need_not_be_named_again(measured, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate.mt_bench, "find", lambda data, what: data / FILES[what])
+    means = {"MT-Bench": 4.5, "turn 1": 5.0, "turn 2": 4.0, "by category": {"math": 4.5}}
+    monkeypatch.setattr(evaluate.mt_bench, "judge", lambda *_: means)
+    words = ("--tasks", "mt-bench")
+    judge = ("--judge_url", "http://127.0.0.1:9/v1", "--judge_model", "gpt-4")
+    assert measured(*words).returncode == 0 and scores(tmp_path / "out") == {"MT-Bench": None}
+    done = measured(*words, *judge)
+    assert done.returncode == 0 and scores(tmp_path / "out") == {"MT-Bench": 4.5}
+    assert "(mt-bench: max_new_tokens 12, judge gpt-4)" in done.stdout
+    assert measured(*words).stdout == done.stdout
+    assert scores(tmp_path / "out") == {"MT-Bench": 4.5}
+
+
+FILES = dict.fromkeys(("questions", "prompts", "references"), "mt-bench-questions.jsonl")
 
 
 def test_answers_of_another_pair_are_refused(measured, tmp_path, roomy, base_dir):
@@ -564,7 +620,7 @@ def test_files_of_the_authors(data_dir):
     assert first["mc2_targets"]["labels"] == [1, 1, 0, 0]
     assert [row["task_id"] for row in rows("google-research-datasets/mbpp")["test"]] == [11, 12]
     toxic = benchmarks.toxic_prompts(data_dir, per_group=3)
-    assert [row["group"] for row in toxic] == ["cats"] * 3 + ["dogs"] * 3
+    assert [row["group"] for row in toxic] == ["cats", "dogs"] * 3
     assert all(row["text"].count("\n") == 1 and "\\" not in row["text"] for row in toxic)
     assert toxic == benchmarks.toxic_prompts(data_dir, per_group=3)
     assert rows("someone/else") == {}
@@ -667,8 +723,11 @@ def test_the_papers_rows():
 def test_the_papers_rows_stand_beside_models_of_their_size():
     names = [*benchmarks.beside(6_738_415_616, 1_100_048_384)]
     assert "Llama-2-7B + 1.1B norm" in names and "Codellama-7B + 1.1B" in names
-    assert not any("Full" in name or "+ 7B" in name or "13B" in name for name in names)
-    assert [*benchmarks.beside(68_976_648_192)] == ["Llama-2-70B + Full"]
+    assert not any("fine-tuned" in name or "+ 7B" in name or "13B" in name for name in names)
+    assert not any("proxy" in name for name in names)
+    tuned = benchmarks.beside(6_738_415_616, 1_100_048_384, proxy=True)
+    assert [*tuned] == ["Llama-2-7B + 1.1B - 1.1B, proxy tuning"]
+    assert [*benchmarks.beside(68_976_648_192)] == ["Llama-2-70B fully fine-tuned"]
     assert benchmarks.beside(260_032) == {} == benchmarks.beside(260_032, 1_100_048_384)
 
 
