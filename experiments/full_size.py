@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments import plan
 from extras import benchmarks
-from extras.benchmarks import COLUMNS
+from extras.benchmarks import BENCHMARKS, COLUMNS, MT_BENCH
 from files import TABLE, TEXT, Field, InputError, fields_of, number, read_json, write_text
 
 OUT = Path("out/full_size")
@@ -133,13 +133,8 @@ TABLES: dict[str, tuple[tuple[str, ...], list[tuple[str, str]]]] = {
     ),
 }
 # what extras/evaluate.py calls the columns
-TASKS = dict(
-    zip(
-        COLUMNS,
-        "mt-bench ifeval gsm8k toxigen_generation mbpp humaneval "
-        "arc_challenge hellaswag mmlu truthfulqa_mc2 winogrande".split(),
-    )
-)
+TASKS = {"MT-Bench": MT_BENCH}
+TASKS |= {benchmark.column: name for name, benchmark in BENCHMARKS.items()}
 # what the script of --commands has to be given for a column
 GIVEN = {
     "MT-Bench": "JUDGE_URL and JUDGE_MODEL",
@@ -547,7 +542,7 @@ def filled_rows(name: str, out: Path) -> list[dict]:
 
 def title_of(system: str) -> str:
     """A system as benchmarks.py calls it."""
-    return "1.1B + 1.1B (proxy tuning)" if system == "proxy" else system
+    return "1.1B - 1.1B, proxy tuning" if system == "proxy" else system
 
 
 def measured(name: str, base: str, system: str, out: Path) -> list[dict]:
