@@ -1,5 +1,6 @@
 """Nothing is lost, nothing is let in, nothing goes wrong in silence."""
 
+import ast
 import json
 import os
 import platform
@@ -607,11 +608,13 @@ def test_a_default_reply_length_does_not_make_a_chat_forget_at_once(run, models)
 
 
 def test_the_source_runs_nothing_from_a_file():
-    """No pickle, no eval, no exec."""
+    """No pickle, no eval, no exec; the sandbox is there to run programs."""
     for path in [*ROOT.glob("*.py"), *(ROOT / "extras").glob("*.py")]:
         text = path.read_text()
-        for word in ("eval(", "exec(", "pickle", "torch.load(", "marshal"):
-            uses = [line for line in text.splitlines() if word in line and ".eval(" not in line]
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        assert not names & {"eval", "exec"} or path.name == "sandbox.py", path.name
+        for word in ("pickle", "torch.load(", "marshal"):
+            uses = [line for line in text.splitlines() if word in line]
             told = [line for line in uses if "pickle file" in line]
             assert uses == told, f"{path.name}: {uses}"
 
@@ -703,11 +706,11 @@ def test_prompts_may_be_packed_and_what_is_answered_is_kept(run, models, tmp_pat
 
     calls = []
 
-    def stopped(speaker, prompts, real=sample.Speaker.replies):
+    def stopped(speaker, prompts, *how, real=sample.Speaker.replies):
         calls.append(prompts)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(speaker, prompts)
+        return real(speaker, prompts, *how)
 
     monkeypatch.setattr(sample.Speaker, "replies", stopped)
     assert run("sample.py", *pair, *words).returncode == 130
