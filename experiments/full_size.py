@@ -291,6 +291,8 @@ def line(*words: object) -> str:
 
 def script(what: str, names: Sequence[str], seeds: int, out: Path) -> Iterator[str]:
     """The lines of a shell script that fills these tables. what: their name on the command line."""
+    if not str(out).isprintable():
+        raise InputError(f"--out {str(out)!r}: has what no line of a script can hold")
     body = [*commands(names, seeds, out)]
     used = {command.split()[0] for command in body if command}
     if "all" in used:
@@ -553,7 +555,16 @@ def measured(name: str, base: str, system: str, out: Path) -> list[dict]:
         folder = place(base, system, "*", out)
         files = sorted(out.glob(f"{folder.relative_to(out)}/row.json"))
     table = {column: Field(number(0, 1e9), None) for column in TABLES[name][0]}
-    return [fields_of(read_json(file, TABLE), table, file) for file in files if file.exists()]
+    found = []
+    for file in filter(Path.exists, files):
+        raw = read_json(file, TABLE)
+        if raw.get("limit") is not None:
+            raise InputError(
+                f"{file}: is of the first {raw['limit']} questions of each task; measure it again "
+                "without --limit"
+            )
+        found.append(fields_of(raw, table, file))
+    return found
 
 
 def markdown(name: str, rows: list[dict]) -> str:

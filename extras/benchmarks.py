@@ -13,7 +13,18 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from files import TABLE, InputError, read_lines, read_text, whole
+from files import (
+    TABLE,
+    TEXT,
+    Field,
+    InputError,
+    Kind,
+    fields_of,
+    list_of,
+    read_lines,
+    read_text,
+    whole,
+)
 
 # ---------------------------------------------------------------- how each is asked
 
@@ -57,7 +68,7 @@ BENCHMARKS = {
     "truthfulqa_mc2": Benchmark("TruthfulQA", "truthfulqa_mc2", None, 0, "acc,none"),
     "winogrande": Benchmark("Winogrande", "winogrande", None, 5, "acc,none"),
 }
-TASK_ID = whole(0, 10**9)
+THREE = Kind("a list of three texts or more", lambda x: x in list_of(TEXT) and len(x) >= 3)
 MT_BENCH = "mt-bench"  # asked by extras/mt_bench.py
 
 
@@ -232,24 +243,29 @@ def local_rows(directory: Path, path: str, name: str | None) -> dict[str, list[d
 
 
 def gsm8k(directory: Path, name: str | None) -> dict[str, list[dict]]:
-    test = lines_of(directory / "gsm8k-test.jsonl")
-    return {"train": lines_of(directory / "gsm8k-train.jsonl"), "test": test} if test else {}
+    fields = {"question": Field(TEXT), "answer": Field(TEXT)}
+    splits = {
+        split: lines_of(fields, directory / f"gsm8k-{split}.jsonl") for split in ("train", "test")
+    }
+    return splits if splits["test"] else {}
 
 
 def human_eval(directory: Path, name: str | None) -> dict[str, list[dict]]:
-    return {"test": lines_of(directory / "HumanEval.jsonl.gz", directory / "HumanEval.jsonl")}
+    fields = {name: Field(TEXT) for name in ("task_id", "prompt", "test", "entry_point")}
+    files = directory / "HumanEval.jsonl.gz", directory / "HumanEval.jsonl"
+    return {"test": lines_of(fields, *files)}
 
 
 def ifeval(directory: Path, name: str | None) -> dict[str, list[dict]]:
-    return {"train": lines_of(directory / "ifeval.jsonl")}
+    fields = {"key": Field(whole(0, 10**9)), "prompt": Field(TEXT)}
+    fields |= {"instruction_id_list": Field(list_of(TEXT)), "kwargs": Field(list_of(TABLE))}
+    return {"train": lines_of(fields, directory / "ifeval.jsonl")}
 
 
 def mbpp(directory: Path, name: str | None) -> dict[str, list[dict]]:
     """The tasks 11 to 510 are the test, as the authors say."""
-    rows = lines_of(directory / "mbpp.jsonl")
-    for number, row in enumerate(rows, 1):
-        if row.get("task_id") not in TASK_ID:
-            raise InputError(f"{directory / 'mbpp.jsonl'}, task {number}: has no number task_id")
+    fields = {"task_id": Field(whole(0, 10**9)), "text": Field(TEXT), "test_list": Field(THREE)}
+    rows = lines_of(fields, directory / "mbpp.jsonl")
     return {"test": [row for row in rows if 11 <= row["task_id"] <= 510]}
 
 
@@ -341,14 +357,19 @@ PUBLISHED: dict[str, Callable[[Path, str | None], dict[str, list[dict]]]] = {
 }
 
 
-def lines_of(*files: Path) -> list[dict]:
-    """The lines of the first of these files that is there."""
+def lines_of(fields: dict[str, Field], *files: Path) -> list[dict]:
+    """The lines of the first of these files that is there. Raises InputError for one that lacks a
+    field, or has it of another kind.
+    """
     for file in files:
         if file.exists():
+            rows = []
             for line, row in read_lines(file):
                 if row not in TABLE:
                     raise InputError(f"{file}, line {line}: must be {TABLE.words}")
-            return [row for _, row in read_lines(file)]
+                fields_of(row, fields, f"{file}, line {line}")
+                rows.append(row)
+            return rows
     return []
 
 

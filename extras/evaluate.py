@@ -69,7 +69,7 @@ except ImportError as missing:  # of a library that only this needs
 
 PAPER = (*BENCHMARKS, MT_BENCH)
 TOXIC = "toxigen_generation"
-MARKS = ("answers.jsonl", "row.json")
+MARKS = ("answers.jsonl", "row.json", "mt_bench")
 KEY = "OPENAI_API_KEY"  # the judge's key, from the environment
 # of sample.py's options: what belongs to one reply, and what the benchmarks decide
 NOT_OURS = "explain html compare raw prompts system stop".split()
@@ -115,7 +115,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
     if parsed.question is not None:
         raise InputError(f"{parsed.question}: what is this? Names of tasks follow --tasks")
     for name in given(parsed, *NOT_OURS):
-        raise InputError(f"{name}: a benchmark decides that itself; leave it out")
+        raise InputError(f"--{name}: a benchmark decides that itself; leave it out")
     args = sample.arguments(rest)
     args.most = parsed.max_new_tokens
     refuse_part_of_model("out", ours.out, args.base, args.value, args.antiexpert)
@@ -129,6 +129,8 @@ def check(ours: argparse.Namespace) -> None:
     ours.tasks = list(dict.fromkeys(ours.tasks or (PAPER if ours.suite else ())))
     if not ours.tasks:
         raise InputError("say what to measure: --suite paper, or --tasks and names")
+    if ours.data and not Path(ours.data).is_dir():
+        raise InputError(f"--data {ours.data}: is no folder")
     # a judge that fails comes last
     ours.tasks.sort(key=lambda name: name == MT_BENCH)
 
@@ -183,13 +185,15 @@ class Evaluation:
         # were the models taught to answer? A value model was; a base alone if it has a template
         alone = args.value == "none"
         self.chats = not alone or Tokenizer(args.base, args.template).has_template
+        self.pair = pair_identity(args)
+        self.files = fingerprint_of_files(self.data, self.out)
 
     def run(self) -> None:
         """Loads tasks and models, asks, and writes what comes of each task as it is known."""
         # what is there must be this pair's; the tasks before the models: what is missing is told
-        answers = harness.Answers(self.out / "answers.jsonl", pair_identity(self.args))
+        answers = harness.Answers(self.out / "answers.jsonl", self.pair)
         left = [name for name in self.ours.tasks if self.results(name) is None]
-        tasks = {name: self.load(name) for name in left}
+        tasks = self.load_all(left)
         if self.ours.run_code and left == self.ours.tasks:
             if not any(harness.runs_code(tasks[name]) for name in left if name != MT_BENCH):
                 raise InputError("--run_code has no effect on these tasks; leave it out")
@@ -237,7 +241,8 @@ class Evaluation:
     def conditions(self, name: str) -> dict:
         """On what a task's results depend, besides the pair: noted with them."""
         ours = self.ours
-        found = {"as chats": self.as_chats(name), "data": ours.data, "limit": ours.limit}
+        found = {"pair": self.pair, "data": self.files, "limit": ours.limit}
+        found |= {"as chats": self.as_chats(name)}
         if name not in (MT_BENCH, TOXIC):
             found |= {"shots": ours.shots, "harness": harness.VERSION}
         if self.as_chats(name) or benchmark_of(name) is None:
@@ -247,6 +252,18 @@ class Evaluation:
         if name == TOXIC:
             found |= {"judge": ours.toxigen_judge}
         return found
+
+    def load_all(self, names: Sequence[str]) -> dict[str, object]:
+        """Tasks by name. Raises InputError, which says all that is missing."""
+        tasks, problems = {}, []
+        for name in names:
+            try:
+                tasks[name] = self.load(name)
+            except InputError as problem:
+                problems.append(str(problem))
+        if problems:
+            raise InputError(" -- ".join(problems))
+        return tasks
 
     def load(self, name: str) -> dict | Path:
         """A task of the harness with its data; of MT-Bench the questions. Raises InputError."""
@@ -313,17 +330,21 @@ class Evaluation:
         results["conditions"] = self.conditions(name)
         text = harness.as_json(results, indent=2) + "\n"
         write_text(self.out / f"results_{name}.json", text)
-        write_text(self.out / "row.json", json.dumps(self.row(), indent=2) + "\n")
+        limits = [noted["conditions"]["limit"] for noted in map(self.noted, PAPER) if noted]
+        limit = min((n for n in limits if n is not None), default=None)
+        row = self.row() | ({"limit": limit} if limit else {})
+        write_text(self.out / "row.json", json.dumps(row, indent=2) + "\n")
 
     def noted(self, name: str) -> dict | None:
-        """A task's results in OUT, of whatever conditions."""
+        """A task's results in OUT, of this pair, of whatever other conditions."""
         file = self.out / f"results_{name}.json"
         if not file.exists():
             return None
         results = read_json(file, TABLE)
-        if results.get("conditions") not in TABLE:
+        told = results.get("scores" if name == MT_BENCH else "results")
+        if results.get("conditions") not in TABLE or told not in TABLE:
             raise InputError(f"{file}: is none of ours, or damaged; remove it")
-        return results
+        return results if results["conditions"].get("pair") == self.pair else None
 
     def results(self, name: str) -> dict | None:
         """A task's results, if they are of what is asked now; who has judged already need not be
@@ -450,6 +471,18 @@ def pair_identity(args: argparse.Namespace) -> dict[str, str]:
     if args.map:
         identity["--map"] = hashlib.sha256(Path(args.map).read_bytes()).hexdigest()
     return identity
+
+
+def fingerprint_of_files(folder: Path | None, out: Path) -> str | None:
+    """What changes when a file of a folder does, but for those in `out`: names, sizes and times."""
+    if folder is None:
+        return None
+    told = []
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and out.resolve() not in file.resolve().parents:
+            stat = file.stat()
+            told.append((str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
 def parameters(directory: str | Path) -> int | None:

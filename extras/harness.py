@@ -41,7 +41,8 @@ from files import LIST, TABLE, TEXT, InputError, parse_json, whole_lines
 from sample import GrowingReply, Speaker
 
 # the harness's own words and bars: only what went wrong, and nothing where nobody watches
-logging.getLogger("lm_eval").setLevel(logging.ERROR)
+for library in ("lm_eval", "huggingface_hub"):
+    logging.getLogger(library).setLevel(logging.ERROR)
 lm_eval.api.task.tqdm = functools.partial(tqdm, disable=None, leave=False)
 if not sys.stderr.isatty():
     datasets.disable_progress_bars()
@@ -60,31 +61,37 @@ class Answers:
     """
 
     def __init__(self, path: Path, pair: dict):
+        self.path = path
+        self.pair = pair
         self.known: dict[str, object] = {}
-        if path.exists():
-            for i, line in enumerate(whole_lines(path).splitlines(), 1):
-                entry = parse_json(line, path, i)
-                if entry not in LIST or len(entry) != 2 or entry[0] not in TEXT:
-                    raise InputError(f"{path}, line {i}: is not one of ours; remove the file")
-                self.known[entry[0]] = entry[1]
-        theirs = self.known.setdefault("pair", pair)
+        if not path.exists():
+            return
+        for i, line in enumerate(whole_lines(path).splitlines(), 1):
+            entry = parse_json(line, path, i)
+            if entry not in LIST or len(entry) != 2 or entry[0] not in TEXT:
+                raise InputError(f"{path}, line {i}: is not one of ours; remove the file")
+            self.known[entry[0]] = entry[1]
+        theirs = self.known.get("pair", pair if not self.known else None)
+        if theirs not in TABLE:
+            raise InputError(f"{path}: does not say of which models it is; remove the file")
         if theirs != pair:
-            names = theirs.keys() | pair.keys() if theirs in TABLE else pair
+            names = theirs.keys() | pair.keys()
             other = sorted(name for name in names if theirs.get(name) != pair.get(name))
             raise InputError(
                 f"{path}: holds answers with another {', '.join(other)}; choose another --out"
             )
-        self.file = open(path, "a", encoding="utf-8")
-        if len(self.known) == 1:
-            self.add("pair", pair)
 
     def key(self, *asked: object) -> str:
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]
 
     def add(self, key: str, answer: object) -> None:
-        self.known[key] = answer
-        self.file.write(json.dumps([key, answer]) + "\n")
-        self.file.flush()
+        """Keeps an answer; the first one comes after a line about the pair."""
+        entries = [(key, answer)]
+        if not self.known:
+            entries.insert(0, ("pair", self.pair))
+        self.known |= dict(entries)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 # ---------------------------------------------------------------- the model
@@ -320,6 +327,8 @@ def load_task(name: str | dict, shots: int | None, data: Path | None) -> dict:
     if name == "ifeval":
         find_punkt(data)
     if isinstance(name, str) and name not in manager().task_index:
+        if "," in name:
+            raise InputError(f"--tasks {name}: spaces stand between names")
         near = difflib.get_close_matches(name, manager().task_index, 3)
         raise InputError(
             f"--tasks {name}: the harness has no such task; near are {', '.join(near) or '-'}"
@@ -333,6 +342,8 @@ def load_task(name: str | dict, shots: int | None, data: Path | None) -> dict:
         raise InputError(
             f"--tasks {name}: cannot be loaded ({type(error).__name__}: {error})"
         ) from None
+    if name == "ifeval":
+        check_instructions(loaded["tasks"][name])
     for task in loaded["tasks"].values():
         wanted = (task.config.num_fewshot if shots is None else shots) or 0
         # where questions and examples come from one split, a question is no example to itself
@@ -377,6 +388,16 @@ def find_punkt(data: Path | None) -> None:
             "ifeval: counts sentences with NLTK's punkt_tab, which is not here; fetch it with  "
             f"python -m nltk.downloader -d {data / 'nltk_data'} punkt_tab"
         ) from None
+
+
+def check_instructions(task: object) -> None:
+    """Raises InputError for an instruction that IFEval does not know how to check."""
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    for number, row in enumerate(task.eval_docs, 1):
+        for instruction in row["instruction_id_list"]:
+            if instruction not in INSTRUCTION_DICT:
+                raise InputError(f"ifeval, question {number}: nobody knows {instruction!r}")
 
 
 def toxigen_task(data: Path | None, judge: str | None, as_chats: bool) -> dict:
@@ -561,8 +582,9 @@ def read_dataset(
             {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
         )
     copy = directory / path.split("/")[-1]
-    if not copy.is_dir():
-        raise InputError(f"{directory}: has no {path}; {fetch(path)}")
+    if not (copy / "README.md").exists():
+        part = f" ({name})" if name else ""
+        raise InputError(f"{directory}: has no {path}{part}; {fetch(path)}")
     try:
         # in a cache of its own: the library takes an older copy of the folder for this one
         with tempfile.TemporaryDirectory() as cache:

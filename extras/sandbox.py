@@ -309,10 +309,10 @@ def judge(program: str, test: str) -> str:
     execute, name_of, words_of = exec, type, str  # a program can exchange them
     names: dict = {}
     try:
-        codes = [
+        codes = tuple(
             compile(source, place, "exec", dont_inherit=True)
             for source, place in ((program, "<program>"), (test, "<test>"))
-        ]
+        )
         for code in codes:
             execute(code, names)
     except MemoryError:

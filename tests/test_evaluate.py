@@ -371,7 +371,9 @@ def compare(ours, theirs):
 
 
 def scores(out) -> dict:
-    return json.loads((out / "row.json").read_text())
+    row = json.loads((out / "row.json").read_text())
+    row.pop("limit", None)
+    return row
 
 
 def known(out) -> dict:
@@ -447,7 +449,7 @@ def test_a_run_that_was_stopped_goes_on(measured, tmp_path, monkeypatch):
         patch.setattr(harness.Answers, "add", stop)
         assert measured(*words).returncode == 130
     out = tmp_path / "out"
-    assert not (out / "row.json").exists() and len(known(out)) == 8
+    assert not (out / "row.json").exists() and len(known(out)) == 9
     with open(out / "answers.jsonl", "a") as file:
         file.write('["0123", [-1.')
 
@@ -461,10 +463,10 @@ def test_a_run_that_was_stopped_goes_on(measured, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluate.Examinee, "likelihoods", counted)
     again = measured(*words)
-    assert again.stdout == whole.stdout and len(asked) == 12 - 8
+    assert again.stdout == whole.stdout and len(asked) == 12 - 9
     assert known(out).keys() == kept.keys() and scores(out) == scores(tmp_path / "whole")
     measured(*words)
-    assert len(asked) == 12 - 8
+    assert len(asked) == 12 - 9
 
 
 def test_what_is_known_is_not_asked_again(measured, tmp_path, monkeypatch):
@@ -650,6 +652,69 @@ def test_too_few_examples_are_told(measured, data_dir, tmp_path):
     done = measured("--tasks", "gsm8k", "--shots", 20)
     assert_refused(done, "gsm8k", "20 examples")
     assert measured("--tasks", "gsm8k", "--shots", 3, "--limit", 1).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "name, file, text, told",
+    [
+        ("gsm8k", "gsm8k-test.jsonl", '{"question": "x"}', "answer"),
+        ("gsm8k", "gsm8k-test.jsonl", "[1, 2]", "line 1"),
+        ("gsm8k", "gsm8k-test.jsonl", '{"question": 5, "answer": null}', "question"),
+        ("humaneval", "HumanEval.jsonl", '{"task_id": "a", "prompt": "b"}', "line 1"),
+        ("mbpp", "mbpp.jsonl", '{"task_id": "a"}', "task_id"),
+        ("mbpp", "mbpp.jsonl", '{"task_id": 11, "text": "a", "test_list": ["b"]}', "test_list"),
+        ("truthfulqa_mc2", "truthfulqa.csv", "Question,Best Answer,Correct Answers\\n", "column"),
+    ],
+)
+def test_a_damaged_line_is_named(measured, tmp_path, name, file, text, told):
+    (tmp_path / file).write_text(text.replace("\\n", "\n") + "\n")
+    code = ["--run_code"] * (name in ("humaneval", "mbpp"))
+    assert_refused(measured("--tasks", name, *code, data=tmp_path), file, told)
+
+
+def test_all_that_is_missing_is_told_at_once(measured, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = measured("--tasks", "gsm8k", "hellaswag", "mt-bench", data=tmp_path / "empty")
+    assert_refused(done, "openai/gsm8k", "Rowan/hellaswag", "question.jsonl")
+    assert not (tmp_path / "out" / "answers.jsonl").exists()
+    assert_refused(measured("--tasks", "gsm8k", data=tmp_path / "none"), "none: is no folder")
+
+
+def test_an_instruction_that_nobody_can_check_is_told_before_it_is_asked(
+    measured, data_dir, tmp_path
+):
+    line = json.loads((data_dir / "ifeval.jsonl").read_text().splitlines()[0])
+    line["instruction_id_list"] = ["letters:all_e"]
+    (tmp_path / "ifeval.jsonl").write_text(json.dumps(line) + "\n")
+    (tmp_path / "nltk_data" / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    done = measured("--tasks", "ifeval", data=tmp_path)
+    assert_refused(done, "ifeval, question 1", "letters:all_e")
+
+
+def test_files_that_are_not_ours_are_refused(measured, tmp_path):
+    words = ("--tasks", "winogrande", "--limit", 1)
+    assert measured(*words).returncode == 0
+    results = tmp_path / "out" / "results_winogrande.json"
+    results.write_text('{"conditions": {}}')
+    assert_refused(measured(*words), "results_winogrande.json", "remove it")
+    results.unlink()
+    answers = tmp_path / "out" / "answers.jsonl"
+    lines = answers.read_text()
+    for damaged in ('"abc"\n', '["k", 1, 2]\n', '[["x"], 3]\n', '["pair", 7]\n'):
+        answers.write_text(damaged)
+        assert_refused(measured(*words), "answers.jsonl", "remove the file")
+    answers.write_text(lines.partition("\n")[2])
+    assert_refused(measured(*words), "answers.jsonl", "of which models")
+
+
+def test_other_questions_in_the_same_folder_are_asked(measured, data_dir, tmp_path):
+    file = tmp_path / "gsm8k-test.jsonl"
+    file.write_text((data_dir / "gsm8k-test.jsonl").read_text())
+    words = ("--tasks", "gsm8k", "--limit", 1)
+    measured(*words, data=tmp_path)
+    assert "known already" in measured(*words, data=tmp_path).stderr
+    file.write_text(json.dumps({"question": "Another one?", "answer": "#### 7"}) + "\n")
+    assert "known already" not in measured(*words, data=tmp_path).stderr
 
 
 def test_damaged_files_are_refused(measured, tmp_path):

@@ -245,6 +245,7 @@ def test_evaluate_accepts_its_commands(monkeypatch, base_dir, value_dir, tmp_pat
     models = {"--base": base_dir, "--value": value_dir, "--antiexpert": value_dir}
     added = ["mbpp", "humaneval", "toxigen_generation", "--run_code"]
     added += ["--toxigen_judge", str(base_dir), "--judge_url", "http://j", "--judge_model", "m"]
+    (tmp_path / "family" / "benchmarks").mkdir(parents=True)
     for line in only(lines_of(*NAMES, out=tmp_path), "extras.evaluate"):
         words = line[line.index("extras.evaluate") :]
         for option in models.keys() & set(words):
@@ -656,3 +657,16 @@ def test_scripts_run_with_the_real_programs(monkeypatch, tmp_path):
             row = rows[place_of(rows, full_size.BASES[base], full_size.title_of(system))]
             assert "-" not in row[4 if system == "alone" and name == "table4" else 3 :], row
         assert len(filled) == sum(row[2] == "ours" for row in rows)
+
+
+def test_a_name_that_would_end_a_line_is_refused(run, tmp_path):
+    done = run("experiments/reproduce.py", "table4", "--commands", "--out", f"{tmp_path}\ntouch x")
+    assert_refused(done, "--out", "no line of a script")
+
+
+def test_a_row_of_some_questions_is_no_row(run, tmp_path):
+    folder = full_size.place("llama-2-7b", "1.1B", 0, tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "row.json").write_text('{"MT-Bench": 4.5, "limit": 50}')
+    done = run("experiments/reproduce.py", "table4", "--fill", "--out", tmp_path)
+    assert_refused(done, "row.json", "first 50 questions", "without --limit")
