@@ -10,7 +10,8 @@
 The paper's tasks are mt-bench, ifeval, gsm8k, toxigen_generation, mbpp, humaneval, arc_challenge
 (25 examples), hellaswag (10), mmlu (5), truthfulqa_mc2 and winogrande (5). A model that answers
 gets the first six as chats, in its template; the others go on from plain text. Any other name is
-the harness's own, asked as a plain text, with as many examples as the harness gives it.
+the harness's own, asked as a plain text, with as many examples as the harness gives it. (One of
+these is toxigen, where the model is to classify texts; the paper's column is what it writes.)
 
 --data: nothing is downloaded. Either the folders are copies of the Hub's (a message says which), or
 the files are those of the authors: gsm8k-test.jsonl, HumanEval.jsonl.gz, ifeval.jsonl, mbpp.jsonl,
@@ -371,8 +372,8 @@ class Evaluation:
             print(f"  {line}", flush=True)
         if results["cut"]["texts"]:
             print(
-                f"  {results['cut']['texts']} texts are longer than the context of "
-                f"{results['cut']['context']} tokens: they lost their beginning",
+                f"  texts longer than the context of {results['cut']['context']} tokens, which "
+                f"lost their beginning: {results['cut']['texts']}",
                 flush=True,
             )
 
@@ -432,7 +433,7 @@ class Evaluation:
                 if found.get(key) is not None
             ]
             if results.get("cut", {}).get("texts"):
-                words.append(f"{results['cut']['texts']} texts cut")
+                words.append(f"texts that lost their beginning {results['cut']['texts']}")
             if words:
                 yield f"{name}: {', '.join(words)}"
 
