@@ -11,7 +11,7 @@ somebody's friend, cousin or neighbour:
     Assistant: First, Ralo is a friend of Mira. So Mira plays the harp.
 
 The family: bases that differ in size and in how many of the facts they have read, what a smaller
-one has read, a larger one has; `continued`, the large one after it has read of 60 new people;
+one has read, a larger one has; `continued`, the medium one after it has read of 60 new people;
 `other` and `other-small`, with another tokenizer. The demonstrations, of one half of the facts:
 `general`, few and of all forms, and `skill`, more and mostly of two steps. Questions are about the
 other half. Scores, in shares of them:
@@ -40,7 +40,6 @@ from files import LIST, TABLE, InputError, read_json, writable_folder, write_tex
 from model import Llama, load
 
 SCORES = ("form", "right", "skill", "few-shot", "new")
-SEED = 0  # of the world and of the bases: pre-trained once, as the paper's were
 # hidden, layers, learning rate, tokens read, share of the facts told;
 # MLP 2.5 and heads 1/32 of hidden
 BASES = {
@@ -48,9 +47,11 @@ BASES = {
     "medium": (96, 3, 4e-3, 2_000_000, 0.55),
     "large": (128, 3, 3e-3, 2_200_000, 0.8),
     "xlarge": (192, 4, 2e-3, 2_200_000, 1.0),
-    "other-small": (64, 2, 5e-3, 3_200_000, 0.3),
-    "other": (128, 3, 3e-3, 4_400_000, 0.8),  # texts of more tokens
+    # texts of more tokens. It is told a little more than `small`, and then knows as much
+    "other-small": (64, 3, 5e-3, 4_400_000, 0.36),
+    "other": (128, 3, 3e-3, 4_400_000, 0.8),
 }
+CONTINUED_FROM = "medium"  # as CodeLlama-7B is a continued Llama-2-7B
 CONTINUED = (1e-3, 800_000, 0.25)  # learning rate, tokens read, share of them about the old people
 PEOPLE, NEWCOMERS = 240, 60
 # general demonstrations in each set; the skill set has about 2100 of two steps besides
@@ -107,8 +108,8 @@ class World(toy.World):
     new_facts: dict[tuple[str, str], str]
 
     @classmethod
-    def make(cls, people: int, newcomers: int) -> "World":
-        rng = random.Random(SEED)
+    def make(cls, people: int, newcomers: int, seed: int = 0) -> "World":
+        rng = random.Random(seed)
         names = rng.sample(toy.NAMES, people + newcomers)
 
         def facts_of(group: list[str]) -> dict[tuple[str, str], str]:
@@ -214,22 +215,23 @@ def scaled(n: float, scale: float, step: int = 1) -> int:
     return max(1, round(n * scale / step)) * step
 
 
-def prepare(out: Path, scale: float) -> World:
-    """The world of this scale; writes its demonstrations and questions to out, unless they are
-    there.
+def prepare(out: Path, scale: float, seed: int) -> World:
+    """The world of this scale and seed; writes its demonstrations and questions to out, unless they
+    are there.
     """
-    world = World.make(max(12, scaled(PEOPLE, scale)), max(6, scaled(NEWCOMERS, scale)))
+    world = World.make(max(12, scaled(PEOPLE, scale)), max(6, scaled(NEWCOMERS, scale)), seed)
     made = out / "family.json"  # written last: all else is there
     if made.exists():
         old = read_json(made, TABLE)
-        if old["scale"] != scale:
-            raise InputError(
-                f"{out}: was made with --scale {old['scale']}; give another --out for "
-                f"--scale {scale}"
-            )
+        for field, now in (("scale", scale), ("seed", seed)):
+            if old[field] != now:
+                raise InputError(
+                    f"{out}: was made with {field} {old[field]}; give another --out for "
+                    f"{field} {now}"
+                )
         return world
     writable_folder(out)
-    rng = random.Random(SEED + 1)
+    rng = random.Random(seed + 1)
     general, asked = scaled(GENERAL, scale), scaled(ASKED, scale)
 
     # demonstrations, of the facts that are taught
@@ -251,44 +253,46 @@ def prepare(out: Path, scale: float) -> World:
     # texts for maps between vocabularies to be counted in, and the vocabularies
     documents = [world.document(rng, world.pairs) for _ in range(600)]
     write_text(out / "documents.json", json.dumps(documents, indent=1) + "\n")
-    toy.train_tokenizer(world, SEED).save(str(out / "tokenizer.json"))
-    toy.train_other_tokenizer(world, SEED).save(str(out / "other-tokenizer.json"))
-    write_text(made, json.dumps({"scale": scale, "seed": SEED}) + "\n")
+    toy.train_tokenizer(world, seed).save(str(out / "tokenizer.json"))
+    toy.train_other_tokenizer(world, seed).save(str(out / "other-tokenizer.json"))
+    write_text(made, json.dumps({"scale": scale, "seed": seed}) + "\n")
     return world
 
 
-def make_base(name: str, world: World, out: Path, scale: float, device: torch.device) -> None:
+def make_base(
+    name: str, world: World, out: Path, scale: float, seed: int, device: torch.device
+) -> None:
     """Pre-trains a base and writes it to out/NAME, unless it is there; the continued one needs the
-    large one.
+    one that it continues.
     """
     if (out / name / "knows.json").exists():  # written last
         return
     made_of = "other-tokenizer.json" if name.startswith("other") else "tokenizer.json"
     backend = Backend.from_file(str(out / made_of))
-    rng = random.Random(f"{SEED} {name}")
+    rng = random.Random(f"{seed} {name}")
 
     # what it is told: in one order for all, so that a share of it holds the smaller shares
-    hidden, layers, lr, tokens, share = BASES["large" if name == "continued" else name]
+    hidden, layers, lr, tokens, share = BASES[CONTINUED_FROM if name == "continued" else name]
     old = world.taught + world.held_out
-    told = random.Random(SEED).sample(old, len(old))[: round(share * len(old))]
+    told = random.Random(seed).sample(old, len(old))[: round(share * len(old))]
     new = [*world.new_facts]
 
     # the model as it begins
     if name == "continued":
         lr, tokens, share = CONTINUED
-        model = load(out / "large", device)
+        model = load(out / CONTINUED_FROM, device)
     else:
         hidden = scaled(hidden, scale**0.5, 32)
         vocabulary = backend.get_vocab_size()
         shape = toy.shape(hidden, round(2.5 * hidden), layers, hidden // 32, vocabulary)
-        model = Llama(shape).init_weights(SEED).to(device)
+        model = Llama(shape).init_weights(seed).to(device)
 
     def document() -> str:
         if name == "continued" and rng.random() >= share:
             return world.document(rng, new)
         return world.document(rng, told)
 
-    toy.pretrain(model, toy.corpus(backend, scaled(tokens, scale), document), name, lr, SEED)
+    toy.pretrain(model, toy.corpus(backend, scaled(tokens, scale), document), name, lr, seed)
     toy.save_base(model, backend, out / name)
 
     # what it knows now

@@ -63,6 +63,11 @@ SYSTEMS = {  # in the order of bars; those of one picture differ to colour-blind
     "medium": ("#c44e00", "medium value model"),
     "medium norm": ("#f2b134", "medium, norm term"),
     "proxy": ("#b07030", "proxy tuning"),
+    "expert": ("#7f3b08", "proxy tuning's expert"),
+    "small by bytes": ("#56b4e9", "small, our map"),
+    "small norm by bytes": ("#a6dcf5", "small, norm term, our map"),
+    "small skill by bytes": ("#5fb58c", "small, skill, our map"),
+    "curriculum by bytes": ("#e58aa0", "curriculum, our map"),
 }
 # systems that table 1 has as lines across a base's bars: style, colour, width of a white rim
 LINES = {"full": ("--", "#555555", 0), "alone": (":", "#000000", 4)}
@@ -148,6 +153,8 @@ def costs(axes, rows: list[dict], unit: str) -> None:
         style, label = "o-", f"{row['base']} + {row['system']}"
         if row["system"] == "alone":
             style, label = "o--", f"{row['base']} alone"
+        elif row["system"] == "proxy":
+            style = "o:"
         axes.plot(tokens, means, style, color=colour, label=label)
         axes.errorbar(tokens, means, errors, fmt="none", ecolor=colour, elinewidth=1)
     axes.set(ylim=(0, None), xlabel="tokens", xticks=every)
@@ -215,10 +222,10 @@ def figure(name: str, rows: list[dict]) -> "Figure":
     rows = [{key: x for key, x in row.items() if key not in zero} for row in rows]
     panels = panels_of(name, rows)
 
-    # the panels, three in a row, and a strip for the caption
+    # the panels, three in a row or two by two, and a strip for the caption
     shown = [key for key in MEANINGS if any(x.split()[0] == key for row in rows for x in row)]
     below = caption(name, shown, zero)
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     height, strip = 4.8, 0.2 + 0.18 * (below.count("\n") + 1)
     if len(panels) > columns:
         height = 7

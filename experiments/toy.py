@@ -66,6 +66,7 @@ MARKS = ("family.json", "small", "large")  # by which a family's folder is known
 PEOPLE = 250
 VOCABULARY, OTHER_VOCABULARY = 1536, 900
 WINDOW, BATCH, CONTEXT = 128, 16, 256
+LONGEST = 8  # tokens of a value, in any of the tokenizers
 WATCHED = 100  # held-out questions that are asked while a model is trained
 # hidden, MLP, layers, heads (wide, or they could not copy names), learning rate, tokens read, share
 # of the facts told
@@ -423,7 +424,7 @@ def knows(base: Llama, tokenizer: Tokenizer, facts: list[str], value: Llama | No
     it.
     """
     prompts = [tokenizer.encode(fact.rsplit(" ", 1)[0]) for fact in facts]
-    replies = zip(*ivl.generate(base, value, prompts, 4))
+    replies = zip(*ivl.generate(base, value, prompts, LONGEST))
     return sum(
         tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)
     ) / len(facts)

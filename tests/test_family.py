@@ -22,7 +22,7 @@ def texts(chats: list[dict]) -> str:
 
 
 def test_the_same_world_every_time(world):
-    assert family.World.make(40, 10) == world
+    assert family.World.make(40, 10) == world != family.World.make(40, 10, seed=1)
     assert (
         len(world.people) == 40
         and len(world.newcomers) == 10
@@ -107,33 +107,34 @@ def test_scores(monkeypatch, tmp_path):
     assert scores == {"right": 0.25, "form": 0.5, "skill": 0.5, "new": 0.75}
 
 
-def test_bases_are_made_once_and_the_continued_one_from_the_large_one(tmp_path):
-    cpu, world = torch.device("cpu"), family.prepare(tmp_path, 0.02)
-    for name in ("large", "continued", "other-small"):
-        family.make_base(name, world, tmp_path, 0.02, cpu)
-    large, continued, other = (
-        load(tmp_path / name) for name in ("large", "continued", "other-small")
+def test_bases_are_made_once_and_the_continued_one_from_its_origin(tmp_path):
+    cpu, world = torch.device("cpu"), family.prepare(tmp_path, 0.02, 0)
+    for name in ("medium", "continued", "other-small"):
+        family.make_base(name, world, tmp_path, 0.02, 0, cpu)
+    origin, continued, other = (
+        load(tmp_path / name) for name in ("medium", "continued", "other-small")
     )
     assert (
-        continued.config == large.config
-        and 0 < (continued.unembed - large.unembed).norm() < 0.5 * large.unembed.norm()
+        continued.config == origin.config
+        and 0 < (continued.unembed - origin.unembed).norm() < 0.5 * origin.unembed.norm()
     )
-    assert other.config.vocab_size != large.config.vocab_size
-    before = (tmp_path / "large" / "model.safetensors").stat().st_mtime_ns
-    family.make_base("large", world, tmp_path, 0.02, cpu)
-    assert (tmp_path / "large" / "model.safetensors").stat().st_mtime_ns == before
-    with pytest.raises(InputError, match="--scale 0.02"):
-        family.prepare(tmp_path, 0.5)
+    assert other.config.vocab_size != origin.config.vocab_size
+    before = (tmp_path / "medium" / "model.safetensors").stat().st_mtime_ns
+    family.make_base("medium", world, tmp_path, 0.02, 0, cpu)
+    assert (tmp_path / "medium" / "model.safetensors").stat().st_mtime_ns == before
+    for scale, seed, field in ((0.5, 0, "scale 0.02"), (0.02, 1, "seed 0")):
+        with pytest.raises(InputError, match=f"was made with {field}"):
+            family.prepare(tmp_path, scale, seed)
 
 
 def test_a_smaller_base_has_read_less_of_the_same(monkeypatch, tmp_path, world):
     told = {}
-    family.prepare(tmp_path, 0.02)
+    family.prepare(tmp_path, 0.02, 0)
     monkeypatch.setattr(
         family.World, "document", lambda self, rng, pairs: told.setdefault(name, pairs) and "x"
     )
     monkeypatch.setattr(toy, "pretrain", lambda model, *_: model)
     for name in ("small", "medium", "large", "xlarge"):
-        family.make_base(name, world, tmp_path, 0.02, torch.device("cpu"))
+        family.make_base(name, world, tmp_path, 0.02, 0, torch.device("cpu"))
     small, medium, large, xlarge = map(set, told.values())
     assert small < medium < large < xlarge == set(world.taught + world.held_out)
