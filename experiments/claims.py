@@ -118,14 +118,19 @@ class Direction:
     def difference(self, look_up) -> float:
         return self.left.value(look_up) - self.right.value(look_up)
 
-    def holds(self, look_up) -> bool:
-        """In one seed."""
+    def margin(self, look_up) -> float:
+        """By how much it holds, in one seed; below zero it does not."""
         left, right = self.left.value(look_up), self.right.value(look_up)
         if self.relation == LEVEL_WITH:
-            return abs(left - right) <= LEVEL
+            return LEVEL - abs(left - right)
         if self.relation == FAR_BELOW:
-            return left < FAR * right
-        return left > right if self.relation == ABOVE else left < right
+            return FAR * right - left
+        return left - right if self.relation == ABOVE else right - left
+
+    def holds(self, look_up) -> bool:
+        """In one seed: equal is neither above nor below, but level."""
+        margin = self.margin(look_up)
+        return margin >= 0 if self.relation == LEVEL_WITH else margin > 0
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ of its strengths, it has more few-shot and more form on the largest base than th
 z_base and z_Δ of a micro-batch in full. Shapes: B batch, T time, V vocabulary.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -26,7 +29,7 @@ from data import Batch, Chats
 from extras.losses import logits
 from ivl import loss_sums
 from model import Llama
-from train import forward
+from train import forward, read_log
 
 WARMED = 0.5  # share of the steps over which λ grows
 LOOKED_AT = 64  # chats whose z_Δ is taken apart along the training
@@ -107,3 +110,21 @@ class Parts:
         if done % self.EVERY:
             return {}
         return {f"|z| {name}": x for name, x in parts(value, self.chats).items()}
+
+
+def mean_parts(folders: Sequence[Path]) -> dict[str, list[float]]:
+    """`Parts` along the training, from the logs of the same training with several seeds: "step",
+    how many are done, and of each part its mean over the seeds.
+    """
+    logs = []
+    for folder in folders:
+        entries = [entry for entry in read_log(folder / "log.jsonl") if "|z| norm" in entry]
+        logs.append(entries)
+    # what is noted before the first step has "done" = 0, what is noted after one its number
+    steps = [entry["done"] if "done" in entry else entry["step"] + 1 for entry in logs[0]]
+    means = {"step": steps}
+    for key in logs[0][0]:
+        if key.startswith("|z| "):
+            columns = zip(*([entry[key] for entry in entries] for entries in logs))
+            means[key.removeprefix("|z| ")] = [sum(column) / len(column) for column in columns]
+    return means

@@ -519,6 +519,12 @@ def tables(
         else:
             rows = scored(name, seeds, out, device)
         show(name, rows, out)
+        if name == "norm":
+            parts = {
+                system: norm.mean_parts([trained(system, seed, out, device) for seed in seeds])
+                for system in NORM_STUDY
+            }
+            write_text(out / "norm-parts.json", json.dumps(parts) + "\n")
 
 
 def main() -> None:
