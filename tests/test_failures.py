@@ -53,7 +53,8 @@ def test_replies_are_counted_and_the_first_of_a_kind_is_shown(run, tmp_path, mon
     result = run("experiments/failures.py", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     head, probe_row, small_row, *rest = result.stdout.splitlines()
-    asked = len(failures.read_chats(bases / "right-asked.jsonl").chats)
+    chats = failures.read_chats(bases / "right-asked.jsonl").chats
+    asked = len(chats)
     assert head.split() == ["on", "the", "large", "base", *" ".join(failures.KINDS).split()]
     assert probe_row.split() == ["probe", "0", str(asked), "0", "0"]
     assert small_row.split() == ["small", "value", "model", str(asked), "0", "0", "0"]
@@ -61,6 +62,7 @@ def test_replies_are_counted_and_the_first_of_a_kind_is_shown(run, tmp_path, mon
     # of each failure one reply, or word that there is none
     text = "\n".join(rest)
     (reply,) = [line for line in rest if line.startswith("  reply:")]
+    assert f"  asked:  {chats[0].messages[0]['content']}" in rest
     assert "nothing." in reply and "off task: the probe has no such reply" in text
     tokens = [line for line in rest if line.split()[:1] in (["base"], ["value"], ["chance"])]
     said = "".join(re.search('"(.*?)"', line)[1] for line in tokens)
