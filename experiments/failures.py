@@ -100,7 +100,7 @@ def main() -> None:
         chat, text = failed[0]
         print(f"\n{kind}\n  asked:  {chat[0]['content']}\n  reply:  {text}")
         print(f"  wanted: {chat[-1]['content']}\n")
-        print(explain.columns(shown(*pairs["probe"], tokenizer, chat, text)).expandtabs(12))
+        print(explain.columns(shown(*pairs["probe"], tokenizer, chat, text)).expandtabs(14))
 
 
 if __name__ == "__main__":

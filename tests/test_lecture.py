@@ -79,17 +79,27 @@ def test_the_promise_is_the_readme_s_table():
 
 
 def test_the_claims_are_the_findings():
-    """Each row's verdict is the one that was found, each number of the paper one of its numbers."""
-    rows = re.findall(r"^\| (\d)\. .+? \| (.+?) \| .+? \| (\w+) \|$", TEXT, re.MULTILINE)
+    """Each row's verdict and counts are what was found, each number of the paper one of its
+    numbers.
+    """
+    row = r"^\| (\d)\. .+? \| (.+?) \| .+? \| (.+?) \| (.+?) \| (\w+) \|$"
+    rows = re.findall(row, TEXT, re.MULTILINE)
     findings = json.loads((ROOT / "experiments" / "results" / "findings.json").read_text("utf-8"))
     assert [int(number) for number, *_ in rows] == [finding["claim"] for finding in findings]
 
     def numbers(text: str) -> set[str]:
         return set(re.findall(r"(?<![\w.-])\d+(?:\.\d+)?(?![\w.]*B)", text))
 
-    for (_, paper, verdict), finding in zip(rows, findings):
+    def count(directions: list[dict], main: bool) -> str:
+        verdicts = [each["verdict"] for each in directions if each["main"] == main]
+        tested = len(verdicts) - verdicts.count("untested")
+        return f"{verdicts.count('agrees')} of {tested}" if tested else "-"
+
+    for (_, paper, main, others, verdict), finding in zip(rows, findings):
+        directions = finding["directions"]
         assert verdict == finding["verdict"]
-        assert numbers(paper) <= numbers(finding["paper"])
+        assert (main, others) == (count(directions, True), count(directions, False))
+        assert numbers(paper) <= numbers(" ".join(each["paper"] for each in directions))
 
 
 # ---------------------------------------------------------------- exercises
