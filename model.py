@@ -554,6 +554,8 @@ def column_major(model: Llama) -> Llama:
     The embedding stays as it is, a token is one of its rows; so a tied unembedding becomes a matrix
     of its own. The network is the same, but `save` wants rows.
     """
+    if not any(isinstance(module, nn.Linear) for module in model.modules()):
+        return model  # its matrices have a layout of their own, see extras/int8.py
     if model.lm_head is None:
         # on meta, so no memory is taken; the loop below makes the shared weight a copy of its own
         V, H = model.embed.weight.shape
@@ -688,14 +690,18 @@ def check_weight(name: str, weight: Tensor, directory: str | Path) -> None:
 
 @torch.no_grad()
 def load(
-    directory: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    directory: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    network: type[Llama] = Llama,
 ) -> Llama:
     """A Llama from a Hugging Face directory; raises InputError.
 
+    network: what the weights are copied into, see `frozen_network`.
     Peak memory: the model, plus one tensor of its files.
     """
     with torch.device("meta"):
-        model = Llama(Config.load(directory))
+        model = network(Config.load(directory))
     tensors = stored_tensors(Path(directory), hf_views(model))  # checked before memory is taken
     allocate(model, device, dtype)
     views = hf_views(model)
@@ -705,14 +711,25 @@ def load(
     return model
 
 
+def frozen_network(base_dtype: str | None) -> type[Llama]:
+    """The network of a frozen base: with --base_dtype int8 its matrices are rounded to that."""
+    if base_dtype is None:
+        return Llama
+    from extras.int8 import Int8Llama
+
+    return Int8Llama
+
+
 def allocate(model: Llama, device: str | torch.device, dtype: torch.dtype) -> None:
     """Gives a model that was made on the meta device memory, for all its weights to be read into.
 
-    (`Module.to_empty` does it too, and imports torch's compiler for it, which takes a second.)
+    dtype: of the floats. (`Module.to_empty` does it too, and imports torch's compiler for it, which
+    takes a second.)
     """
+    model.to(dtype)
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
-            memory = torch.empty(p.shape, device=device, dtype=dtype)
+            memory = torch.empty_like(p, device=device)
             setattr(module, name, nn.Parameter(memory, requires_grad=p.requires_grad))
     model.inv_freq = inverse_frequencies(model.config).to(device)  # in float32 whatever the dtype
 

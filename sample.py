@@ -54,7 +54,7 @@ from files import (
     write_text,
 )
 from ivl import choose, generate, never, shared_vocabulary
-from model import Config, Llama, column_major, load, plain, recorded_connection
+from model import Config, Llama, column_major, frozen_network, load, plain, recorded_connection
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")
@@ -192,7 +192,8 @@ class Speaker:
             ids = torch.tensor(sorted(self.differing), device=self.device)
             self.choose = never(ids, choose)
 
-        self.base = load_model(args.base, self.device, dtype)
+        network = frozen_network(args.base_dtype)
+        self.base = load_model(args.base, self.device, dtype, network=network)
         self.value = self.antiexpert = None
         if self.connection == "probe":
             from extras.connections import Probe
@@ -772,6 +773,12 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="auto",
         choices=["auto", "float32", "bfloat16"],
         help="auto: bfloat16 on CUDA",
+    )
+    add(
+        "--base_dtype",
+        choices=["int8"],
+        help="round the base to eight bits: a quarter of float32's memory, half of bfloat16's, for "
+        "a little precision (default: it is in --dtype)",
     )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     return parser.parse_args(argv)

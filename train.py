@@ -68,6 +68,7 @@ from model import (
     Config,
     Llama,
     fingerprint,
+    frozen_network,
     load,
     plain,
     recorded_connection,
@@ -191,9 +192,10 @@ class OneDevice:
         device: torch.device,
         dtype: torch.dtype,
         arithmetic: torch.dtype,
+        network: type[Llama] = Llama,
     ) -> Llama:
         """A model in `dtype`; `arithmetic`, the type of its products, matters on several GPUs."""
-        return load(directory, device, dtype)
+        return load(directory, device, dtype, network)
 
     def save(self, model: Llama, directory: Path) -> None:
         save(model, directory)
@@ -955,6 +957,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["auto", "float32", "bfloat16"],
         help="of the arithmetic; the trained weights stay float32 (auto: bfloat16 on CUDA)",
     )
+    add(
+        "--base_dtype",
+        choices=["int8"],
+        help="round the frozen base to eight bits: a quarter of float32's memory, half of "
+        "bfloat16's, for a little precision (default: the base is in --dtype)",
+    )
     return parser.parse_args(argv)
 
 
@@ -978,10 +986,16 @@ TRAINING_ONLY = (
 )
 # each option, and those that would have no effect beside it
 CONFLICTS = {
-    "show": ("evaluate", "micro_batch_size", "compile", "connection", *TRAINING_ONLY),
+    "show": (
+        *("evaluate", "micro_batch_size", "compile", "connection", "base_dtype"),
+        *TRAINING_ONLY,
+    ),
     "evaluate": ("chosen", *TRAINING_ONLY),
     "dry_run": ("show", "evaluate", "resume", "save_every"),
-    "full": ("value", "random", "connection", "teacher", "rejected", "lam", "norm_over"),
+    "full": (
+        *("value", "random", "connection", "teacher", "rejected", "lam", "norm_over"),
+        "base_dtype",
+    ),
     "rejected": ("teacher", "chosen"),
 }
 
@@ -1172,7 +1186,7 @@ class Job:
         self.value = None
         if args.value or not args.evaluate:
             self.value = self.start_value()
-        loads = [partial(self.load_frozen, directory) for directory in args.base]
+        loads = [partial(self.load_base, directory) for directory in args.base]
         if args.full:
             loads = [lambda: None]
 
@@ -1205,15 +1219,18 @@ class Job:
                 "--rejected, --compile and preferences"
             )
 
-    def load_frozen(self, directory: str) -> Llama:
+    def load_frozen(self, directory: str, network: type[Llama] = Llama) -> Llama:
         tell(f"loading {directory}")
-        base = self.machine.load(directory, self.device, self.dtype, self.dtype)
-        base.requires_grad_(False)
-        return compiled(base) if self.args.compile else base
+        model = self.machine.load(directory, self.device, self.dtype, self.dtype, network)
+        model.requires_grad_(False)
+        return compiled(model) if self.args.compile else model
+
+    def load_base(self, directory: str) -> Llama:
+        return self.load_frozen(directory, frozen_network(self.args.base_dtype))
 
     def load_watched(self, directory: str) -> Llama:
         """A base that shows the value model what it says."""
-        return self.trained.watched(self.load_frozen(directory))
+        return self.trained.watched(self.load_base(directory))
 
     def start_value(self) -> Llama:
         """The model that is trained, as it begins: in float32, whatever the arithmetic."""
@@ -1414,6 +1431,7 @@ class Job:
             "random": args.random,
             "date": self.tokenizer.now.isoformat() if self.dated else None,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "base_dtype": args.base_dtype,
         }
 
 

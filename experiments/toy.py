@@ -59,7 +59,7 @@ from files import (
     read_text,
     write_text,
 )
-from model import Config, Llama, load, recorded_connection, save
+from model import Config, Llama, frozen_network, load, recorded_connection, save
 
 OUT = Path("out/toy")
 MARKS = ("family.json", "small", "large")  # by which a family's folder is known
@@ -494,7 +494,7 @@ def runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Callable]]:
         full |= VALUE_SETTINGS | settings
         # these need a value model beside a base
         del full["lam"], full["norm_over"]
-        off = dict.fromkeys(("random", "connection", "lam", "norm_over"))
+        off = dict.fromkeys(("random", "connection", "lam", "norm_over", "base_dtype"))
         planned.append(settled(args, full, **off))
     if args.resume:
         planned = [run for run in planned if not is_complete(run)]
@@ -504,8 +504,8 @@ def runs(args: argparse.Namespace) -> list[tuple[argparse.Namespace, Callable]]:
             raise InputError(
                 f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
             )
-    device = pick_device(args.device)
-    return [(run, Scores(args.out, device, full=bool(run.full))) for run in planned]
+    device, network = pick_device(args.device), frozen_network(args.base_dtype)
+    return [(run, Scores(args.out, device, bool(run.full), network)) for run in planned]
 
 
 def settled(args: argparse.Namespace, defaults: dict, **off) -> argparse.Namespace:
@@ -543,10 +543,11 @@ def is_complete(run: argparse.Namespace) -> bool:
 class Scores:
     """*form* and *right* while a model is being trained: `watch` of `train.train`. A value model is
     looked at on both bases, though it is trained beside the small one; `full` is alone.
+    network: of the bases.
     """
 
-    def __init__(self, out: Path, device: torch.device, full: bool):
-        self.out, self.device, self.full = out, device, full
+    def __init__(self, out: Path, device: torch.device, full: bool, network: type[Llama] = Llama):
+        self.out, self.device, self.full, self.network = out, device, full, network
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -558,7 +559,9 @@ class Scores:
 
     @cached_property
     def bases(self) -> dict[str, Llama]:
-        return {name: load(self.out / name, self.device) for name in FULL_SETTINGS}
+        return {
+            name: load(self.out / name, self.device, network=self.network) for name in FULL_SETTINGS
+        }
 
     def __call__(self, done: int, trained: Llama) -> dict[str, float]:
         """The scores after 0, 8, 16, 32, 64, ... steps; nothing after any other number of them."""
@@ -589,7 +592,8 @@ def table(args: argparse.Namespace) -> None:
     print(f"\n{len(questions)} questions about facts that no demonstration mentions", flush=True)
     bar = tqdm(total=6, desc="asking", unit=" models", leave=False, disable=None)
     for name in FULL_SETTINGS:
-        base, full = load(out / name, device), load(out / f"{name}-full", device)
+        base = load(out / name, device, network=frozen_network(args.base_dtype))
+        full = load(out / f"{name}-full", device)
         known = knows(base, tokenizer, facts)  # the base alone: the same in its three rows
         pair = connected(connection, base, value)
         for kind, joined in (("none", (base, None)), ("value", pair), ("full", (full, None))):

@@ -464,6 +464,8 @@ def pair_identity(args: argparse.Namespace) -> dict[str, str]:
         "--dtype": str(pick_dtype(args.dtype, pick_device(args.device))),
         "--template": hashlib.sha256(tokenizer.template.encode()).hexdigest(),
     }
+    if args.base_dtype:
+        identity["--base_dtype"] = args.base_dtype
     for name in given(args, "base", "value", "antiexpert"):
         directory = getattr(args, name)
         if directory != "none":

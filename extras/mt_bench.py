@@ -33,6 +33,7 @@ from files import (
     InputError,
     Kind,
     fields_of,
+    given,
     list_of,
     number,
     parse_json,
@@ -246,6 +247,7 @@ def settings_of(speaker: sample.Speaker) -> dict:
     found = {name: getattr(args, name) for name in names}
     found = {name: Path(x).resolve().name for name, x in found.items() if x not in (None, "none")}
     others = ("template", "system", "alpha", "top_k", "top_p", "seed", "stop", "dtype")
+    others += (*given(args, "base_dtype"),)
     return dict.fromkeys(names) | found | {name: getattr(args, name) for name in others}
 
 

@@ -178,6 +178,16 @@ def hub_rows(config: Config) -> dict[str, tuple[str, Tensor]]:
     return places
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Our name of each weight, the names that `hub_rows` gives; those of extras/int8.py are no
+    parameters, but made of two.
+    """
+    modules = model.named_modules()
+    return {
+        f"{name}.weight": module.weight for name, module in modules if hasattr(module, "weight")
+    }
+
+
 def read_pieces(
     directory: str | Path, config: Config, pieces: dict[str, tuple[Tensor, int, int]]
 ) -> None:
@@ -219,6 +229,7 @@ class Ranks:
         device: torch.device,
         dtype: torch.dtype,
         arithmetic: torch.dtype,
+        network: type[Llama] = Llama,
     ) -> Llama:
         """A Llama of which each rank has its share. Raises InputError.
 
@@ -233,7 +244,7 @@ class Ranks:
         )
 
         with torch.device("meta"):
-            model = Llama(Config.load(directory)).to(dtype)
+            model = network(Config.load(directory)).to(dtype)
         mesh = init_device_mesh(device.type, (rank_count(),))
         policy = MixedPrecisionPolicy(
             param_dtype=arithmetic, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -253,7 +264,7 @@ class Ranks:
         read_pieces(
             directory,
             model.config,
-            {name: (p.to_local(), first_row(p), 0) for name, p in model.named_parameters()},
+            {name: (W.to_local(), first_row(W), 0) for name, W in weights_of(model).items()},
         )
         return model
 
@@ -326,12 +337,12 @@ class Ranks:
             self.total(0)
 
 
-def first_row(p: Tensor) -> int:
+def first_row(W: Tensor) -> int:
     """The row with which this rank's share begins: `fully_shard` cuts like `Tensor.chunk`.
 
     Example: 10 rows on 4 ranks are 3, 3, 3, 1; rank 2 begins with row 6.
     """
-    return min(len(p), -(-len(p) // rank_count()) * rank())
+    return min(len(W), -(-len(W) // rank_count()) * rank())
 
 
 # ---------------------------------------------------------------- decoding
@@ -342,21 +353,23 @@ def cut(n: int, i: int) -> int:
     return n * i // rank_count()
 
 
-class SlicedEmbedding(nn.Embedding):
-    """The embedding's rows from `start` on: a token is looked up on the rank that has it."""
-
-    start = 0
-
-    def forward(self, ids: Tensor) -> Tensor:
-        # 0 stands in for the tokens of other ranks; its row counts as zeros, and all are summed
-        ids = ids - self.start
-        here = (ids >= 0) & (ids < self.num_embeddings)
-        return summed(super().forward(ids * here) * here[..., None])
+def look_up_slice(embed: Callable[[Tensor], Tensor], start: int, n: int, ids: Tensor) -> Tensor:
+    """An embedding of n rows, those from `start` on: a token is looked up on the rank that has
+    it.
+    """
+    # 0 stands in for the tokens of other ranks; its row counts as zeros, and all are summed
+    ids = ids - start
+    here = (ids >= 0) & (ids < n)
+    return summed(embed(ids * here) * here[..., None])
 
 
 @torch.no_grad()
 def load_slice(
-    directory: str | Path, device: torch.device, dtype: torch.dtype, vocabulary: int | None
+    directory: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    vocabulary: int | None,
+    network: type[Llama] = Llama,
 ) -> Llama:
     """`model.load` for decoding, each rank with its slice. Raises InputError.
 
@@ -394,10 +407,10 @@ def load_slice(
 
     # the network
     with torch.device("meta"):
-        model, plain = Llama(narrow), Llama(config)
-        if vocabulary is not None:
-            model.embed = SlicedEmbedding(narrow.vocab_size, narrow.hidden_size)
-            model.embed.start = start
+        model, plain = network(narrow), Llama(config)
+    if vocabulary is not None:
+        look_up = model.embed.forward
+        model.embed.forward = partial(look_up_slice, look_up, start, narrow.vocab_size)
     if narrow.num_key_value_heads < config.num_key_value_heads:
         for block in model.blocks:
             for product in (block.attention.out, block.mlp.down):
@@ -406,15 +419,15 @@ def load_slice(
 
     # its weights: along a dimension that is narrower, this rank's part of it
     pieces = {}
-    for (name, p), full in zip(model.named_parameters(), plain.parameters()):
+    for (name, W), full in zip(weights_of(model).items(), plain.parameters()):
         row = column = 0
-        if len(p) < len(full):
-            row = rank() * len(p)
-        if p.dim() > 1 and p.shape[1] < full.shape[1]:
-            column = rank() * p.shape[1]
+        if len(W) < len(full):
+            row = rank() * len(W)
+        if W.dim() > 1 and W.shape[1] < full.shape[1]:
+            column = rank() * W.shape[1]
         if name in ("embed.weight", "lm_head.weight"):
             row = start  # slices of the vocabulary are not all of one size
-        pieces[name] = p, row, column
+        pieces[name] = W, row, column
     read_pieces(directory, config, pieces)
     return model
 

@@ -82,6 +82,7 @@ TRAIN = {
     "compile": ["--compile"],
     "device": ["--device", "cuda:99"],
     "dtype": ["--dtype", "bfloat16"],
+    "base_dtype": ["--base_dtype", "int8"],
 }
 
 
@@ -266,6 +267,7 @@ SAMPLE = {
     "device": ["--device", "cuda:99"],
     "value_device": ["--value_device", "cuda:99"],
     "dtype": ["--dtype", "bfloat16"],
+    "base_dtype": ["--base_dtype", "int8"],
     "compile": ["--compile"],
 }
 
@@ -286,7 +288,7 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
                 type(model).__name__,
                 model.unembed.dtype,
                 "hidden" in vars(model),
-                float(model.unembed.detach().double().sum()),
+                float(model.unembed.detach().to(torch.float64).sum()),
             )
             for model in (base, value)
             if model is not None

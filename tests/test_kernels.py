@@ -23,6 +23,7 @@ NAMES = {
     torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int64: "i64",
+    torch.int8: "i8",
     torch.bool: "i1",
 }
 
@@ -43,9 +44,20 @@ def combine_loss_launches() -> Iterator[tuple[str, Callable]]:
         yield way, lambda: ivl.combine_loss_fused(z_base, z_delta, targets, targets >= 0, 0.5, 0.25)
 
 
+def product_launches() -> Iterator[tuple[str, Callable]]:
+    """Rows of each type by matrices whose rows are aligned and others."""
+    from extras import int8
+
+    for dtype, m in itertools.product((torch.bfloat16, torch.float32), (4096, 4090)):
+        x = torch.empty(3, m, dtype=dtype, device="meta")
+        rounded = torch.empty(50, m, dtype=torch.int8, device="meta")
+        scale = torch.empty(50, dtype=dtype, device="meta")
+        yield f"{NAMES[dtype]}, rows of {m}", lambda: int8.product(x, rounded, scale)
+
+
 # each kernel by its name, and calls that launch it in all the ways there are; a function that only
 # kernels call has none: tuple
-KERNELS = {"_combine_loss": combine_loss_launches}
+KERNELS = {"_combine_loss": combine_loss_launches, "_product": product_launches}
 
 
 class Spy:
