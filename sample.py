@@ -839,6 +839,8 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.html is None:
         refuse("compare", "without --html")
+    if args.base_dtype and args.compile:
+        raise InputError("--base_dtype and --compile do not go together; leave one out")
     if torchrun() and args.value_device:
         raise InputError(
             "--value_device is for one process; under torchrun both models are cut up over "

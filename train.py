@@ -997,6 +997,7 @@ CONFLICTS = {
         "base_dtype",
     ),
     "rejected": ("teacher", "chosen"),
+    "base_dtype": ("compile",),
 }
 
 

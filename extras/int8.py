@@ -16,6 +16,8 @@ beside the product (at 512 rows 1.0 to 1.2 of float32): so prompts and training 
 at a time. On CUDA PyTorch's kernel has a thread for each number of the result, which reads its row
 alone; there a short kernel of our own takes its place. Without Triton floats are made there too.
 
+PyTorch's compiler, in 2.13, fails at that product: so --compile is refused beside --base_dtype.
+
 Under torchrun each rank rounds what it reads. Where decoding cuts a matrix by columns, a piece of a
 row has a scale of its own: that is rounded finer than by one process.
 
@@ -64,11 +66,20 @@ class Matrix:
     def __init__(self, rounded: Tensor, scale: Tensor):
         self.rounded = rounded
         self.scale = scale
-        self.shape = rounded.shape
-        self.device = rounded.device
-        self.dtype = scale.dtype
 
     # ------------------------------------------------------------ what is asked of a tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.rounded.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.rounded.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale.dtype
 
     def __len__(self) -> int:
         return len(self.rounded)
@@ -128,17 +139,17 @@ class Matrix:
 
 def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """x Wᵀ, as `F.linear`.  x (..., m) → (..., n)"""
-    rows = x.flatten(0, -2).contiguous()  # (r, m)
-    if len(rows) > FEW:
-        return F.linear(x, matrix.to(x.dtype))
-    if x.is_cuda and triton is not None:
-        y = product(rows, matrix.rounded, matrix.scale)
-    elif x.device.type == "cpu" and rows.shape[1] % TAKEN == 0:
-        scale = matrix.scale.bfloat16()
-        y = torch._weight_int8pack_mm(rows.bfloat16(), matrix.rounded, scale).to(x.dtype)
+    n, m = matrix.rounded.shape
+    rows = x.reshape(-1, m)  # (r, m)
+    few = len(rows) <= FEW
+    if few and x.is_cuda and triton is not None:
+        y = product(rows.contiguous(), matrix.rounded, matrix.scale)
+    elif few and m % TAKEN == 0 and x.device.type == "cpu":
+        rows, scale = rows.bfloat16().contiguous(), matrix.scale.bfloat16()
+        y = torch._weight_int8pack_mm(rows, matrix.rounded, scale).to(x.dtype)
     else:
         y = F.linear(rows, matrix.to(x.dtype))
-    return y.view(*x.shape[:-1], len(matrix))
+    return y.view(*x.shape[:-1], n)
 
 
 FUNCTIONS = {

@@ -215,17 +215,15 @@ def test_the_target_s_logit_is_read_before_a_gradient_can_stand_there(report):
         assert "tt.store" in after, way
 
 
-def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch):
+@pytest.mark.parametrize("module, kernel", [("ivl", "_combine_loss"), ("extras.int8", "_product")])
+def test_the_kernel_is_launched_on_the_device_of_its_tensors(monkeypatch, module, kernel):
     """Triton launches on the current device, wherever the tensors are."""
-    import ivl
-
-    if ivl.triton is None:
-        pytest.skip("Triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed")
     spy = Spy()
-    monkeypatch.setattr(ivl, "_combine_loss", spy)
+    monkeypatch.setattr(importlib.import_module(module), kernel, spy)
     monkeypatch.setattr(torch.cuda, "device", spy.switched_to)
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: spy.switched_to(tensor.device))
-    for _, launch in combine_loss_launches():
+    for _, launch in KERNELS[kernel]():
         launch()
     assert spy.devices
     for device, (given, _) in zip(spy.devices, spy.launches):
