@@ -1,6 +1,7 @@
 """What a pair of models needs on so many GPUs, from their configurations alone.
 
     python experiments/bench.py plan --base llama-2-70b --value tinyllama-1.1b --gpus 4 --gpu h100
+    python experiments/bench.py plan --base llama-2-70b --value tinyllama-1.1b --base_dtype int8
 
 Memory, in GiB per GPU, is what the arithmetic of this repository keeps at its peak. What the
 driver and fragmentation take comes on top, so a tenth of a GPU is left free. The time is a bound:
@@ -9,13 +10,15 @@ memory agrees with Table 3 of the paper within 5 %.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from extras.int8 import FEW
 from files import InputError
 from ivl import chunk_rows
-from model import Config, Llama
+from model import Config, Llama, frozen_network
 
 GIB = 2**30
 FREE = 0.1  # of a GPU, for what is not counted here
@@ -50,10 +53,34 @@ GPUS = {
 }
 
 
+def weights(config: Config, network: type[Llama]) -> int:
+    """The bytes of a frozen model's weights in bfloat16, or of int8 numbers and their scales."""
+
+    def held(layers: int) -> int:
+        with torch.device("meta"):
+            model = network(replace(config, num_hidden_layers=layers)).to(torch.bfloat16)
+        return sum(p.numel() * p.itemsize for p in model.parameters())
+
+    ends, one = held(0), held(1)
+    return ends + config.num_hidden_layers * (one - ends)
+
+
 def size(config: Config) -> int:
     """The number of parameters."""
-    with torch.device("meta"):
-        return Llama(config).size()
+    return weights(config, Llama) // 2
+
+
+def made_floats(config: Config, network: type[Llama], tokens: int, batch: int) -> int:
+    """The bytes of the largest int8 matrix that is made bfloat16 for a product, one at a time,
+    where `batch` texts of so many tokens are read: see extras/int8.py.
+    """
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    widest = 0
+    if network is not Llama and tokens * batch > FEW:
+        widest = max(2 * config.intermediate_size, heads)
+    if network is not Llama and batch > FEW:  # logits are of the last tokens only
+        widest = max(widest, config.vocab_size)
+    return 2 * config.hidden_size * widest
 
 
 def split(config: Config, gpus: int) -> int:
@@ -64,16 +91,21 @@ def split(config: Config, gpus: int) -> int:
 
 
 def decoding(
-    base: Config, value: Config | None, gpus: int, tokens: int, batch: int
+    base: Config,
+    value: Config | None,
+    gpus: int,
+    tokens: int,
+    batch: int,
+    network: type[Llama] = Llama,
 ) -> dict[str, float]:
-    """Bytes per GPU for `batch` texts of `tokens` tokens each, prompt and reply, in bfloat16."""
+    """Bytes per GPU for `batch` texts of `tokens` tokens each, prompt and reply, in bfloat16;
+    network: of the base, see `model.frozen_network`.
+    """
     models = {"base": base}
+    parts = {"weights of the base": weights(base, network) / split(base, gpus)}
     if value is not None:
         models["value model"] = value
-    parts = {
-        f"weights of the {name}": 2 * size(config) / split(config, gpus)
-        for name, config in models.items()
-    }
+        parts["weights of the value model"] = weights(value, Llama) / split(value, gpus)
 
     caches = widest = 0
     for config in models.values():
@@ -93,7 +125,8 @@ def decoding(
     # z_base, z_Δ, z_post, probabilities; every GPU draws the whole noise
     V = max(config.vocab_size for config in models.values())
     logits = 4 * batch * V * (1 + 4 / gpus)
-    parts["activations"] = 2 * widest * tokens * batch + logits + LIBRARY
+    floats = made_floats(base, network, tokens, batch) / split(base, gpus)
+    parts["activations"] = 2 * widest * tokens * batch + logits + floats + LIBRARY
     return parts
 
 
@@ -136,10 +169,16 @@ def loss(base: Config | None, value: Config, tokens: int, device: str = "cuda") 
 
 
 def training(
-    base: Config | None, value: Config, gpus: int, tokens: int, batch: int, checkpointing: bool
+    base: Config | None,
+    value: Config,
+    gpus: int,
+    tokens: int,
+    batch: int,
+    checkpointing: bool,
+    network: type[Llama] = Llama,
 ) -> dict[str, float]:
-    """Bytes per GPU for a micro-batch of `batch` chats of `tokens` tokens; the base in bfloat16,
-    AdamW in float32."""
+    """Bytes per GPU for a micro-batch of `batch` chats of `tokens` tokens; the base in bfloat16, or
+    as `network` has it, AdamW in float32."""
 
     def layer(config: Config) -> int:
         return 3 * config.hidden_size * config.intermediate_size
@@ -152,7 +191,7 @@ def training(
     P = size(value)
     parts = {}
     if base is not None:
-        parts["weights of the base"] = 2 * size(base) / gpus
+        parts["weights of the base"] = weights(base, network) / gpus
     parts["weights of the value model"] = 4 * P / gpus
     parts["gradients"] = 4 * P / gpus
     parts["optimizer"] = 8 * P / gpus
@@ -161,7 +200,8 @@ def training(
         # two layers of each at a time, and the ends; of the value model their gradients too
         gathered = (4 + 6) * layer(value) + 8 * ends(value)
         if base is not None:
-            gathered += 4 * layer(base) + 2 * ends(base)
+            bytes_each = weights(base, network) / size(base)
+            gathered += bytes_each * (2 * layer(base) + ends(base))
         parts["gathered from other GPUs"] = gathered
     elif checkpointing:
         parts["bfloat16 copies of the weights"] = 2 * layer(value)
@@ -169,19 +209,27 @@ def training(
         parts["bfloat16 copies of the weights"] = 2 * (P - ends(value))
     parts["activations"] = saved(value, checkpointing) * tokens * batch + LIBRARY
     parts["loss"] = sum(loss(base, value, tokens * batch).values())
+    if network is not Llama:
+        parts["the base's unembedding in bfloat16"] = 2 * base.vocab_size * base.hidden_size
     return parts
 
 
 def bytes_per_token(
-    base: Config, value: Config | None, gpus: int, tokens: int, batch: int
+    base: Config,
+    value: Config | None,
+    gpus: int,
+    tokens: int,
+    batch: int,
+    network: type[Llama] = Llama,
 ) -> float:
     """What each GPU reads for one step of decoding, at the end of the texts. The embedding's rows
     are too few to count."""
-    parts = decoding(base, value, gpus, tokens, batch)
+    parts = decoding(base, value, gpus, tokens, batch, network)
     read = sum(n for name, n in parts.items() if name != "activations")
-    for config in (base, value):
+    for config, kind in ((base, network), (value, Llama)):
         if config is not None and not config.tie_word_embeddings:
-            read -= 2 * config.vocab_size * config.hidden_size / gpus
+            bytes_each = weights(config, kind) / size(config)
+            read -= bytes_each * config.vocab_size * config.hidden_size / gpus
     return read
 
 
@@ -229,6 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=1, help="texts that are decoded at a time (1)")
     add("--micro_batch_size", type=int, default=4, help="chats that are learnt from at a time (4)")
     add("--checkpointing", action="store_true", help="recompute activations")
+    add("--base_dtype", choices=["int8"], help="of the base, in place of bfloat16")
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -247,35 +296,46 @@ def plan(args: argparse.Namespace) -> None:
     more = [n for n in range(args.gpus + 1, base.num_key_value_heads + 1) if split(base, n) == n]
     pair = args.base if value is None else f"{args.base} + {args.value}"
     print(f"{pair} on {args.gpus} × {args.gpu} ({memory} GiB, {bandwidth} TB/s)")
+    network, rounded = frozen_network(args.base_dtype), frozen_network("int8")
 
     # decoding: what it takes, and what would help
-    parts = decoding(base, value, args.gpus, args.tokens, args.batch_size)
+    models = base, value
+    parts = decoding(*models, args.gpus, args.tokens, args.batch_size, network)
     remedies = {}
     if args.batch_size > 1:
-        remedies["--batch_size 1"] = decoding(base, value, args.gpus, args.tokens, 1)
+        remedies["--batch_size 1"] = decoding(*models, args.gpus, args.tokens, 1, network)
     for n in more:
-        remedies[f"--gpus {n}"] = decoding(base, value, n, args.tokens, args.batch_size)
+        remedies[f"--gpus {n}"] = decoding(*models, n, args.tokens, args.batch_size, network)
+    for size in (args.batch_size, 1):
+        flags = f"--base_dtype int8 --batch_size {size}"
+        remedies[flags] = decoding(*models, args.gpus, args.tokens, size, rounded)
     table(f"decoding {args.batch_size} × {args.tokens} tokens", parts, memory, remedies)
-    read = bytes_per_token(base, value, args.gpus, args.tokens, args.batch_size)
+    read = bytes_per_token(*models, args.gpus, args.tokens, args.batch_size, network)
     seconds = read / (bandwidth * 1e12)
     print(
         f"  a step reads {read / GIB:.2f} GiB per GPU: at least {1e3 * seconds:.1f} ms, "
         f"at most {args.batch_size / seconds:.0f} tokens/s"
     )
 
-    # training likewise
-    trained = (None, base) if value is None else (base, value)
-    parts = training(*trained, args.gpus, args.tokens, args.micro_batch_size, args.checkpointing)
+    # training likewise; a model that is trained itself is no frozen base
+    trained = base, value
+    if value is None:
+        trained = None, base
+        network = rounded = Llama
+    how = args.micro_batch_size, args.checkpointing
+    parts = training(*trained, args.gpus, args.tokens, *how, network)
     alternatives = [
-        (args.gpus, args.micro_batch_size, True),
-        (args.gpus, 1, args.checkpointing),
-        (args.gpus, 1, True),
+        (args.gpus, args.micro_batch_size, True, network),
+        (args.gpus, 1, args.checkpointing, network),
+        (args.gpus, 1, True, network),
     ]
     for n in more:
-        alternatives.append((n, 1, True))
+        alternatives.append((n, 1, True, network))
+    alternatives.append((args.gpus, 1, True, rounded))
     remedies = {}
-    for n, size, checkpointing in alternatives:
+    for n, size, checkpointing, kind in alternatives:
         flags = f"--gpus {n} --micro_batch_size {size}" + checkpointing * " --checkpointing"
-        remedies[flags] = training(*trained, n, args.tokens, size, checkpointing)
+        flags += (kind is not network) * " --base_dtype int8"
+        remedies[flags] = training(*trained, n, args.tokens, size, checkpointing, kind)
     title = f"training on {args.micro_batch_size} × {args.tokens} tokens at a time"
     table(title + args.checkpointing * ", checkpointing", parts, memory, remedies)

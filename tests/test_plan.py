@@ -7,9 +7,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from experiments import plan
+from experiments.bench_measure import CPU, watched
+from experiments.bench_sides import random_llama, weight_bytes
 from extras import benchmarks
+from extras.int8 import Int8Llama, rounded
 from files import InputError
+from ivl import generate
 from model import Config, Llama, save
+from train import forward
 
 SHAPES = {
     "Tinyllama-1.1B": "tinyllama-1.1b",
@@ -55,6 +60,48 @@ def test_activations_are_what_autograd_keeps(kv_heads, checkpointing):
         assert sum(kept.values()) == pytest.approx(expected + weights + norm + 4 * norm, rel=0.05)
 
 
+BASE = Config(32000, 512, 2048, 3, 8, 8, 64, 2048)
+VALUE = Config(32000, 256, 1280, 3, 4, 4, 64, 2048)
+
+
+@pytest.fixture(scope="module")
+def eight_bits() -> Int8Llama:
+    return rounded(random_llama(BASE, CPU, torch.bfloat16, 0))
+
+
+@pytest.mark.parametrize("tokens, batch", [(512, 1), (64, 1), (256, 3)])
+def test_decoding_with_an_int8_base_takes_what_the_plan_says(eight_bits, tokens, batch):
+    value = random_llama(VALUE, CPU, torch.bfloat16, 1)
+    prompts = torch.randint(3, 32000, (batch, tokens - 1)).tolist()
+    peak, _ = watched(lambda: list(generate(eight_bits, value, prompts, 1)), CPU)
+    measured = peak + weight_bytes(eight_bits) + weight_bytes(value)
+    parts = plan.decoding(BASE, VALUE, 1, tokens, batch, Int8Llama)
+    assert measured == pytest.approx(sum(parts.values()) - plan.LIBRARY, rel=0.05)
+    assert parts["weights of the base"] == weight_bytes(eight_bits)
+
+
+def test_an_int8_base_saves_in_training_what_the_plan_says(eight_bits):
+    """Against the same base in bfloat16: all else is the same."""
+    tokens = 256
+    ids = torch.randint(3, 32000, (1, tokens + 1))
+    batch = ids[:, :-1], ids[:, 1:], torch.ones(1, tokens, dtype=torch.bool)
+    value = random_llama(VALUE, CPU, torch.float32, 1)
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    measured, said = {}, {}
+    for base in (random_llama(BASE, CPU, torch.bfloat16, 0), eight_bits):
+
+        def step(base=base):
+            forward(base, value, batch, autocast, 1 / tokens, 1 / tokens)[0].backward()
+            value.zero_grad()
+
+        network = type(base)
+        measured[network] = watched(step, CPU)[0] + weight_bytes(base)
+        said[network] = sum(plan.training(BASE, VALUE, 1, tokens, 1, False, network).values())
+    saved = measured[Llama] - measured[Int8Llama]
+    assert saved > 5e6
+    assert saved == pytest.approx(said[Llama] - said[Int8Llama], rel=0.05)
+
+
 def planned(capsys, *args) -> str:
     parser = argparse.ArgumentParser()
     plan.add_arguments(parser)
@@ -71,6 +118,15 @@ def test_what_fits_and_what_would(capsys, tmp_path):
         capsys, "--base", "llama-2-7b", "--value", "tinyllama-1.1b", "--micro_batch_size", 16
     )
     assert "does not fit; with --gpus 1 --micro_batch_size 16 --checkpointing it would" in out
+    large = ("--base", "llama-2-70b", "--value", "tinyllama-1.1b", "--base_dtype", "int8")
+    assert planned(capsys, *large, "--gpu", "h200").count("   fits") == 2
+    out = planned(capsys, *large, "--gpu", "h100")
+    decoding, training = out.split("training on")
+    assert "   fits" in decoding and "   fits" not in training
+    out = planned(capsys, *large[:4], "--gpu", "h200", "--gpus", 1)
+    assert out.count("   fits") == 0
+    out = planned(capsys, "--base", "llama-2-13b", "--gpu", "rtx-4090", "--gpus", 8)
+    assert "   fits" in out
     save(Llama(Config(64, 16, 24, 2, 2, 1, 8, 64)), tmp_path)
     assert planned(capsys, "--base", tmp_path, "--tokens", 64).count("   fits") == 2
 
