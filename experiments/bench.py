@@ -84,6 +84,7 @@ COMPARISONS = {
             "uncached",
             "ours base+value / two transformers models, caches off",
         ),
+        Comparison("int8", "int8", "both", "ours with an int8 base / ours base+value"),
     ],
     "loss": [
         Comparison("eager", "two-headed", "eager", "two-headed loss / eager"),
@@ -103,6 +104,7 @@ COMPARISONS = {
             "transformers",
             "training step, ours / two transformers models, logits added",
         ),
+        Comparison("int8", "int8", "ours", "training step, ours with an int8 base / ours"),
         Comparison("compiled", "compiled", "ours", "training step, ours compiled / ours"),
     ],
 }
@@ -113,12 +115,12 @@ DEFAULTS = {
         "cpu": (
             [("toy-large", "toy-small"), ("58m", "24m")],
             [256],
-            ["alone", "base", "transformers", "pair", "uncached"],
+            ["alone", "base", "transformers", "pair", "uncached", "int8"],
         ),
         "cuda": (
             [("llama-2-7b", "tinyllama-1.1b")],
             [128, 512, 1024],
-            ["alone", "base", "transformers", "pair", "uncached"],
+            ["alone", "base", "transformers", "pair", "uncached", "int8"],
         ),
     },
     "loss": {
@@ -130,8 +132,12 @@ DEFAULTS = {
         ),
     },
     "train-step": {
-        "cpu": ([("toy-large", "toy-small"), ("58m", "24m")], [512], ["eager", "transformers"]),
-        "cuda": ([("tinyllama-1.1b", "tinyllama-1.1b")], [4096], ["eager", "transformers"]),
+        "cpu": (
+            [("toy-large", "toy-small"), ("58m", "24m")],
+            [512],
+            ["eager", "transformers", "int8"],
+        ),
+        "cuda": ([("tinyllama-1.1b", "tinyllama-1.1b")], [4096], ["eager", "transformers", "int8"]),
     },
     "kernels": {
         "cpu": ([("toy-large", "toy-small")], None, None),

@@ -51,6 +51,7 @@ from experiments.bench_sides import (
     random_pair,
     step_flop,
     step_variants,
+    weight_bytes,
 )
 from files import TABLE, InputError, command, pick_device, pick_dtype, read_json, write_text
 from model import Llama
@@ -83,6 +84,8 @@ ROWS = [
     Row("pair", "decode", "base + value: time", "our base alone (the paper: 2.25)", "s", "≤ 1.20"),
     Row("bandwidth", "decode", "base + value: weights read", "copy bandwidth", "GB/s", "≥ 80 %"),
     Row("length", "decode", "base + value: time per token", "the short text", "ms", "≤ 1.05"),
+    Row("int8", "decode", "int8 base + value: pace", "base in bf16", "tokens/s", "≥ 1.5"),
+    Row("int8-memory", "decode", "int8 base: memory", "base in bf16", "MB", "≤ 0.53"),
     # the loss
     Row("loss-memory", "loss", "loss: peak memory", "eager", "MB", "≤ 1/15"),
     Row("loss-beyond", "loss", "loss: beyond dh and dW", "eager, likewise", "MB", "≤ 1/40"),
@@ -196,14 +199,18 @@ def tests(job: Job) -> Iterator[Figures]:
 
 
 def decode(job: Job) -> Iterator[Figures]:
-    """The pair against the base alone, against the bus, and over the length of the text."""
+    """The pair against the base alone, against the bus, over the length of the text, and with the
+    base in eight bits.
+    """
     device = job.target()
     short, long = job.lengths
-    pair = random_pair(job.decode, device, set())
+    pair = random_pair(job.decode, device, {"int8"})
     bandwidth = copy_bandwidth(device)
     of_both, of_base = decoder(pair.base, pair.value), decoder(pair.base, None)
+    of_int8 = decoder(pair.int8_base, pair.value)
     variants = {
         "both": lambda: ours(of_both, PROMPT, long),
+        "int8": lambda: ours(of_int8, PROMPT, long),
         "base": lambda: ours(of_base, PROMPT, long),
         "short": lambda: ours(of_both, PROMPT, short),
     }
@@ -218,6 +225,9 @@ def decode(job: Job) -> Iterator[Figures]:
     alone = bytes_per_token(pair.base) * long / base / bandwidth
     note = f"our base alone: {alone:.0%}"
     yield Figures("bandwidth", read / 1e9, bandwidth / 1e9, shape, note)
+    yield Figures("int8", long / got["int8"].seconds, long / both, shape)
+    sizes = weight_bytes(pair.int8_base) / 1e6, weight_bytes(pair.base) / 1e6
+    yield Figures("int8-memory", *sizes, job.decode[0])
     per_token = 1e3 * both / long
     shape = f"{names}, {long} against {short} tokens"
     yield Figures("length", per_token, 1e3 * got["short"].seconds / short, shape)

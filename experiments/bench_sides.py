@@ -14,6 +14,7 @@ from torch import Tensor
 import train
 from experiments import plan
 from experiments.bench_measure import Kernel, kernels, matmul_rate
+from extras.int8 import rounded
 from files import InputError, pick_dtype
 from ivl import combine, generate, loss_sums, two_headed_loss
 from model import Config, Llama, column_major, hf_shape, hf_views, inverse_frequencies
@@ -104,7 +105,7 @@ def bytes_per_token(*models: Llama) -> int:
     for model in models:
         read += weight_bytes(model)
         if model.lm_head is not None:
-            read -= model.embed.weight.numel() * model.embed.weight.element_size()
+            read -= weight_bytes(model.embed)
     return read
 
 
@@ -115,7 +116,7 @@ def decoder(base: Llama, value: Llama | None) -> Callable[..., Iterator[list[int
     """Our greedy decoding with a pair of models: decoder(base, value)(prompts, tokens) gives steps.
 
     As sample.py has it: on CUDA caches and graphs are made once and then serve text after text."""
-    if base.embed.weight.is_cuda:
+    if base.unembed.device.type == "cuda":
         from extras.graphs import Graphs
 
         return Graphs(base, value).generate
@@ -187,10 +188,13 @@ def transformers_pair_uncached(base, value, prompt: list[int], tokens: int) -> l
 
 @dataclass
 class Pair:
-    """Two models, and the same two in transformers, where they are wanted."""
+    """Two models, and the same two in transformers, and the base in eight bits, where they are
+    wanted.
+    """
 
     base: Llama
     value: Llama
+    int8_base: Llama | None = None
     their_base: object = None
     their_value: object = None
 
@@ -198,6 +202,8 @@ class Pair:
         """The models that a variant of `decode_variants` reads, as we have them."""
         if side in ("base", "their base"):
             return [self.base]
+        if side == "int8":
+            return [self.int8_base, self.value]
         return [self.value] if side == "value" else [self.base, self.value]
 
     def weights(self, side: str) -> int:
@@ -217,6 +223,8 @@ def random_pair(names: tuple[str, str], device: torch.device, wanted: set[str]) 
         pair.their_base = transformers_twin(base)
     if wanted & {"their pair", "uncached"}:
         pair.their_value = transformers_twin(value)
+    if "int8" in wanted:
+        pair.int8_base = rounded(base)
     if device.type == "cpu":
         column_major(base)
         column_major(value)
@@ -230,6 +238,7 @@ def decode_variants(
     theirs = pair.their_base, pair.their_value
     of_value, of_base = decoder(pair.value, None), decoder(pair.base, None)
     of_both = decoder(pair.base, pair.value)
+    of_int8 = of_both if pair.int8_base is None else decoder(pair.int8_base, pair.value)
     variants = {
         "value": lambda: ours(of_value, PROMPT, tokens),
         "base": lambda: ours(of_base, PROMPT, tokens),
@@ -237,6 +246,7 @@ def decode_variants(
         "their base": lambda: transformers_alone(theirs[0], PROMPT, tokens),
         "their pair": lambda: transformers_pair(*theirs, PROMPT, tokens),
         "uncached": lambda: transformers_pair_uncached(*theirs, PROMPT, tokens),
+        "int8": lambda: ours(of_int8, PROMPT, tokens),
     }
     return {name: run for name, run in variants.items() if name in wanted}
 
@@ -348,7 +358,7 @@ def step_variants(
     base: Llama, value: Llama, tokens: int, wanted: set[str]
 ) -> dict[str, Callable[[], Tensor]]:
     """Base forward without gradient, value forward and backward, AdamW: one sequence in which every
-    token counts. Those of `wanted`: ours, compiled, eager, transformers.
+    token counts. Those of `wanted`: ours, int8, compiled, eager, transformers.
 
     `compiled` has the blocks compiled one by one, in models of its own."""
     device = base.embed.weight.device
@@ -390,7 +400,7 @@ def step_variants(
         step()  # makes the optimizer's state, which is there before any other step
         return step
 
-    # ours and the eager loss train one model, the others have their own
+    # ours, with either base, and the eager loss train one model, the others have their own
     mine = base, value, adamw(value)
     steps = {}
     if "ours" in wanted:
@@ -405,6 +415,8 @@ def step_variants(
         steps["transformers"] = stepping(
             transformers, transformers_twin(base), theirs, adamw(theirs)
         )
+    if "int8" in wanted:
+        steps["int8"] = stepping(two_headed, rounded(base), *mine[1:])
     return steps
 
 

@@ -74,11 +74,12 @@ def test_decode(bench_main):
         "ours base+value / transformers base alone",
         "ours base+value / two cached transformers models",
         "ours base+value / two transformers models, caches off",
+        "ours with an int8 base / ours base+value",
     ]
     check(written, printed, names * 2, ["tokens/s", "MB"])
     rows = [row for row in written["rows"] if row["unit"] == "tokens/s"]
-    assert [row["tokens"] for row in rows] == [3] * 5 + [5] * 5
-    assert [row["agreement"] for row in rows] == [None, 1, None, 1, 1] * 2
+    assert [row["tokens"] for row in rows] == [3] * 6 + [5] * 6
+    assert [row["agreement"] for row in rows] == [None, 1, None, 1, 1, None] * 2
     assert all(row["shape"] == "toy-large + toy-small" and 0 < row["share"] for row in rows)
     assert "toy-small + toy-large" in printed
     assert "3 tokens" in printed and "5 tokens" in printed
@@ -89,7 +90,10 @@ def test_memory_of_decoding_has_the_weights_of_those_who_read(bench_main):
     base, value = (4 * plan.size(bench.config_of(name)) / 1e6 for name in TOYS)
     untied = 4 * 1536 * 128 / 1e6, 4 * 1536 * 64 / 1e6  # ours on a CPU has unembeddings of its own
     for row in written["rows"]:
-        if row["unit"] == "MB":
+        if row["unit"] == "MB" and "int8" in row["name"]:
+            saved = base + untied[0] - 0.27 * base  # int8 numbers need no unembedding of their own
+            assert row["peer"] - row["ours"] > saved - 0.3
+        elif row["unit"] == "MB":
             for key, side in zip(("ours", "peer"), row["name"].split(" / ")):
                 least = base if "alone" in side else base + value
                 if side.startswith("ours"):
@@ -129,7 +133,7 @@ def test_on_cuda_the_decoder_is_made_of_graphs(monkeypatch):
             return iter([[7]] * tokens)
 
     monkeypatch.setattr(graphs, "Graphs", Graphs)
-    base = SimpleNamespace(embed=SimpleNamespace(weight=SimpleNamespace(is_cuda=True)))
+    base = SimpleNamespace(unembed=SimpleNamespace(device=torch.device("cuda")))
     decode = bench_sides.decoder(base, None)
     assert bench_sides.ours(decode, [1], 3) == bench_sides.ours(decode, [1], 3) == [7, 7, 7]
     assert made == [(base, None)]
@@ -287,7 +291,7 @@ def test_the_library_s_gradient_lacks_the_norm_term_only():
 
 def test_train_step(bench_main):
     written, printed = bench_main("train-step", "--shape", *TOYS, "--tokens", 16, "--repeats", 1)
-    names = names_of("train-step", "eager", "transformers")
+    names = names_of("train-step", "eager", "transformers", "int8")
     check(written, printed, names, ["tokens/s", "MB"])
     assert all(0 < row["share"] for row in written["rows"] if row["unit"] == "tokens/s")
 
