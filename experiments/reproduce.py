@@ -78,7 +78,7 @@ from files import (
     write_text,
 )
 from ivl import generate
-from model import Config, Llama, column_major, load, recorded_connection
+from model import Config, Llama, column_major, frozen_network, load, recorded_connection
 from train import Curriculum, Settings, save_model, split, train
 from vocab_map import VocabMap
 
@@ -101,6 +101,7 @@ class Recipe:
     settings: dict = field(default_factory=dict)
     random: bool = False
     loss: str = "plain"  # or another of norm.py
+    base_dtype: str | None = None  # of the bases, see rounding.py
 
 
 # chosen on a family from another seed, by what a model scores on the base it was trained beside
@@ -136,6 +137,7 @@ RECIPES = {  # the long ones first
     "small": Recipe("small", HOME),
     "small norm": Recipe("small", HOME, settings=NORM),
     "small skill": Recipe("small", HOME, "skill"),
+    "small int8": Recipe("small", HOME, base_dtype="int8"),
     "curriculum": Recipe("small", ("small", "medium", "large")),
     "cascade": Recipe("small", HOME, settings=dict(connection="cascade")),
     "cascade+": Recipe("small", HOME, settings=dict(connection="cascade+")),
@@ -201,7 +203,8 @@ def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
         value.init_weights(1000 + seed)  # not those that the base began with
 
     # the bases beside it, which a connection has to watch
-    loads = [partial(load, bases / base, device) for base in recipe.beside]
+    network = frozen_network(recipe.base_dtype)
+    loads = [partial(load, bases / base, device, network=network) for base in recipe.beside]
     if not loads:
         loads = [lambda: None]
     joined = value

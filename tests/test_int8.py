@@ -16,6 +16,7 @@ import ivl
 import sample
 import train as trainer
 from chats import read_chats
+from experiments import rounding
 from extras import int8
 from extras.connections import Probe, connected
 from extras.int8 import FEW, Int8Llama, Matrix, rounded
@@ -378,6 +379,43 @@ def test_a_damaged_base_is_refused(train, models, number):
     del weights[name]
     save_file(weights, models["base"] / "model.safetensors")
     assert_refused(train(base_dtype="int8"), name, "missing")
+
+
+# ---------------------------------------------------------------- what it loses
+
+
+def test_a_base_that_is_not_rounded_loses_nothing(base_dir, base):
+    plain = load(base_dir)
+    texts = [[*PROMPT, *range(60, 100)], list(range(3, 33))]
+    same = rounding.compared(plain, plain, texts)
+    assert same["loss"] == same["int8 loss"] and same["KL"] == 0
+    found = rounding.compared(plain, base, texts)
+    assert found["loss"] == same["loss"] != found["int8 loss"]
+    assert 1e-6 < found["KL"] < 0.05
+    log_p = plain(torch.tensor([texts[1][:-1]]))[0].log_softmax(-1)
+    alone = rounding.compared(plain, plain, texts[1:])["loss"]
+    assert alone == pytest.approx(F.nll_loss(log_p, torch.tensor(texts[1][1:])).item(), rel=1e-5)
+    assert rounding.agreeing(plain, plain, texts, 12) == [12, 12]
+
+
+def test_models_of_yours_are_compared(run, base_dir, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. " * 60)
+    asked = ["experiments/rounding.py", "models", "--base", base_dir, "--tokens", 9]
+    told = run(*asked, "--text", text)
+    assert told.returncode == 0 and "of 9 greedy tokens" in told.stdout, told.stderr
+    text.write_text("The cat")
+    assert_refused(run(*asked, "--text", text), "--text", "longer")
+
+
+@pytest.mark.slow
+def test_the_family_of_reproduce(run, tmp_path):
+    asked = ["family", "--out", tmp_path, "--scale", 0.05, "--seeds", 1]
+    told = run("experiments/rounding.py", *asked)
+    assert told.returncode == 0, told.stderr
+    figures = json.loads((tmp_path / "rounding.json").read_text())
+    assert figures["small: int8 loss / loss"]["mean"] == pytest.approx(1, abs=0.01)
+    assert {f"{pair}: form" for pair in rounding.PAIRS} <= set(figures)
 
 
 # ---------------------------------------------------------------- several ranks
