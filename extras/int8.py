@@ -7,16 +7,19 @@ Nobody trains through the base, and only its logits are read: so of all models h
 that may be rounded. It takes half the memory of bfloat16, a quarter of float32. It is rounded while
 it is read, tensor by tensor; embedding and unembedding too, the norms not.
 
-How it multiplies was chosen by measurement, on one core with float32 around it (1 row, 4096 × 512
-and 32000 × 512). PyTorch's own product of bfloat16 rows with int8, `torch._weight_int8pack_mm`,
-takes 0.8 and 0.4 of the time of float32 by columns; torchao 0.18, one call on `nn.Linear`, 2.3 and
-14 times that time where nothing is compiled; the float32 form of PyTorch's product 10 times. From
-some 32 rows on the int8 product loses, and making the matrix floats again costs next to nothing
-beside the product (at 512 rows 1.0 to 1.2 of float32): so prompts and training do that, one matrix
-at a time. On CUDA PyTorch's kernel has a thread for each number of the result, which reads its row
-alone; there a short kernel of our own takes its place. Without Triton floats are made there too.
+Why it multiplies as it does: on a CPU PyTorch's own product of bfloat16 rows with int8 numbers,
+`torch._weight_int8pack_mm`, beats float32 as long as reading the matrix is what takes the time, up
+to some 20 rows; its float32 form is several times slower than float32 itself, and so is torchao
+0.18, one call on `nn.Linear`, for one row, where nothing is compiled. For more rows, in prompts and
+in training, the matrix is made floats again, one matrix at a time, which costs little beside the
+product. On CUDA PyTorch's kernel takes float32 rows, and has a thread for each number of the result
+that reads a row of the matrix alone: there a short kernel of our own takes its place. PyTorch's
+compiler, in 2.13, fails at PyTorch's product: so --compile is refused beside --base_dtype. What
+comes of it all:
 
-PyTorch's compiler, in 2.13, fails at that product: so --compile is refused beside --base_dtype.
+    python experiments/bench.py decode --shape 58m 24m --peers int8
+    python experiments/bench.py train-step --shape 58m 24m --peers int8
+    python experiments/rounding.py family
 
 Under torchrun each rank rounds what it reads. Where decoding cuts a matrix by columns, a piece of a
 row has a scale of its own: that is rounded finer than by one process.
