@@ -718,7 +718,7 @@ def command(main: Callable[[], None]) -> None:
 
 OUT_OF_MEMORY = (
     "out of memory; lower --micro_batch_size or --max_length (training), --batch_size or "
-    "--max_new_tokens (sampling), or choose --dtype bfloat16"
+    "--max_new_tokens (sampling), or choose --dtype bfloat16 or --base_dtype int8"
 )
 
 

@@ -183,7 +183,7 @@ def main() -> None:
     each = [of_seed(seed, args.scale, args.out, device) for seed in seeds]
     spreads = {name: spread([figures[name] for figures in each]) for name in each[0]}
     for name, figures in spreads.items():
-        print("{:<40}{mean:.4f} ({least:.4f} to {most:.4f})".format(name, **figures))
+        print("{:<40}{mean:.5f} ({least:.5f} to {most:.5f})".format(name, **figures))
     write_text(args.out / "rounding.json", json.dumps(spreads, indent=2) + "\n")
 
 
