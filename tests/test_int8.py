@@ -211,7 +211,7 @@ def test_loading_takes_no_more_than_the_small_model_and_a_tensor(tmp_path):
     peak, model = map(int, done.stdout.split())
     tensor = 4 * config.hidden_size * config.intermediate_size  # of the widest, in float32
     again = 2 * model  # all of it once more, in bfloat16
-    assert peak < model + 8 * tensor < model + again
+    assert peak < model + 5 * tensor < model + again
 
 
 # ---------------------------------------------------------------- training
