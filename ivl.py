@@ -374,34 +374,54 @@ def shared_vocabulary(
 # ---------------------------------------------------------------- decoding
 
 
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """What the next token is drawn from, for a temperature above 0.  (..., V) → (..., V)
+
+    top_k keeps the k likeliest tokens (0: all), and of them top_p the fewest that together have
+    probability p (1: all), always at least one. The others get 0.
+
+    Example: of four tokens with ½, ¼, ⅛ and ⅛ the likeliest two; then those that reach 0.7
+    >>> p = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    >>> probabilities(p.log(), 1.0, 2, 1.0)
+    tensor([[0.6667, 0.3333, 0.0000, 0.0000]])
+    >>> probabilities(p.log(), 1.0, 0, 0.7)
+    tensor([[0.6667, 0.3333, 0.0000, 0.0000]])
+    """
+    logits = logits.float() / temperature
+
+    if top_k:
+        k = min(top_k, logits.shape[-1])
+        kth = logits.topk(k).values[..., -1:]  # (..., 1)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)  # (..., V) each
+        p = ordered.softmax(-1)
+        drop = p.cumsum(-1) - p >= top_p  # all likelier tokens together have reached top_p already
+        drop[..., 0] = False
+        logits = logits.scatter(-1, order, ordered.masked_fill(drop, -torch.inf))
+
+    return logits.softmax(-1)
+
+
+def draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """A token of each row, with these probabilities or their multiples.  p (B, V) → (B,)"""
+    # the argmax of p / e, with e ~ Exponential(1) for each token, is a draw from p; unlike
+    # torch.multinomial it does not make the host wait for the device
+    noise = torch.empty_like(p).exponential_(generator=generator)
+    return (p / noise).argmax(-1)
+
+
 def choose(
     logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
 ) -> Tensor:
     """The next token of each row.  logits (B, V) → (B,)
 
-    temperature 0 takes the likeliest token. Else top_k keeps the k likeliest (0: all), and of them
-    top_p the fewest that together have probability p (1: all), always at least one.
+    temperature 0 takes the likeliest token; else it is drawn, see `probabilities`.
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-
-    if top_k:
-        k = min(top_k, logits.shape[-1])
-        kth = logits.topk(k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)  # (B, V) each
-        p = ordered.softmax(-1)
-        drop = p.cumsum(-1) - p >= top_p  # all likelier tokens together have reached top_p already
-        drop[:, 0] = False
-        logits = logits.scatter(-1, order, ordered.masked_fill(drop, -torch.inf))
-
-    # the argmax of p / e, with e ~ Exponential(1) for each token, is a draw from p; unlike
-    # torch.multinomial it does not make the host wait for the device
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / noise).argmax(-1)
+    return draw(probabilities(logits, temperature, top_k, top_p), generator)
 
 
 def never(ids: Tensor, choose: Callable[..., Tensor]) -> Callable[..., Tensor]:
