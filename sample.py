@@ -9,6 +9,7 @@
     python sample.py --base DIR --value none "question"     # the base alone
     python sample.py --base DIR --value EXPERT --antiexpert DIR "question"     # proxy tuning
     python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer
+    python sample.py --base DIR --value DIR --draft SMALL "question"           # a draft: sooner
     torchrun --nproc_per_node 4 sample.py --base DIR ...    # a base for which one GPU is too small
 
 A reply is the likeliest tokens, unless --temperature asks for a draw. Replies go to stdout,
@@ -127,7 +128,7 @@ class Speaker:
         self.mapping = None
         self.graphs: dict[tuple, object] = {}
         self.match_vocabularies()  # tokenizer, mapping, vocabulary
-        self.load_models()  # connection, base, value, antiexpert, context, choose
+        self.load_models()  # connection, base, value, antiexpert, draft, context, choose
         self.join_models()  # base and value as one reads with them, measures
         self.generate = self.decoder(self.base, self.value)
 
@@ -163,6 +164,16 @@ class Speaker:
             named = ", ".join(map(repr, sorted(self.differing)[:5]))
             print(f"({len(self.differing)} tokens differ, never said: {named})", file=sys.stderr)
 
+        # a draft has to know all that can be said: what it lacked would no longer be said
+        if args.draft:
+            said = set(range(self.vocabulary)) - self.differing
+            tokens = dict(enumerate(Tokenizer(plain(args.draft), args.template).tokens))
+            if any(tokens.get(i) != self.tokenizer.tokens[i] for i in said):
+                raise InputError(
+                    f"--draft {args.draft}: has another vocabulary than the pair; choose a small "
+                    "base with the pair's own"
+                )
+
     def load_models(self) -> None:
         """Base, value model and antiexpert, each a Llama by itself."""
         args = self.args
@@ -194,7 +205,7 @@ class Speaker:
 
         network = frozen_network(args.base_dtype)
         self.base = load_model(args.base, self.device, dtype, network=network)
-        self.value = self.antiexpert = None
+        self.value = self.antiexpert = self.draft = None
         if self.connection == "probe":
             from extras.connections import Probe
 
@@ -205,15 +216,18 @@ class Speaker:
             self.value = load_model(args.value, value_device, dtype)
         if args.antiexpert:
             self.antiexpert = load_model(args.antiexpert, value_device, dtype)
+        if args.draft:
+            self.draft = load_model(args.draft, self.device, dtype)
 
         models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
         self.context = min(model.config.max_position_embeddings for model in models)
         self.sizes = [model.size() for model in models]
-        self.make_fast([model for model in models if isinstance(model, Llama)])
+        self.make_fast([model for model in [*models, self.draft] if isinstance(model, Llama)])
 
     def refuse_beside_connection(self) -> None:
         """Raises InputError for options that such a value model cannot have."""
-        options = [f"--{name}" for name in given(self.args, "map", "antiexpert", "value_device")]
+        names = given(self.args, "map", "antiexpert", "value_device", "draft")
+        options = [f"--{name}" for name in names]
         if torchrun():
             options = ["torchrun"]
         for option in options:
@@ -253,12 +267,18 @@ class Speaker:
             self.measures.append(lambda ids: len(self.base.bridge.respell(ids)[0]))
 
     def decoder(self, base: Llama, value: Llama | None, **changes: float) -> Callable:
-        """`ivl.generate` for some of these models; on CUDA its twin that replays CUDA graphs.
+        """`ivl.generate` for some of these models, or a twin of it: with --draft the one in which a
+        small base drafts for the pair, else on CUDA the one that replays CUDA graphs.
 
         changes: what is to be other than on the command line, temperature=0.7, say.
         """
         names = ("alpha", "temperature", "top_k", "top_p")
         options = {name: getattr(self.args, name) for name in names} | changes
+        if self.draft is not None and value is not None:
+            from extras import speculative
+
+            options |= {"vocabulary": self.vocabulary, "never": sorted(self.differing)}
+            return partial(speculative.generate, base, self.draft, value, **options)
         shared = {"vocabulary": self.vocabulary, "choose": self.choose}
         models = [model for model in (base, value) if model is not None]
         devices = {model.unembed.device.type for model in models}
@@ -720,6 +740,12 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=model_directory,
         help="proxy tuning, to compare with: what --value was before it was fine-tuned",
     )
+    add(
+        "--draft",
+        metavar="SMALL",
+        type=model_directory,
+        help="a small base that drafts tokens for --base to verify: the same replies, sooner",
+    )
     add("--map", help="from the base's vocabulary to the value model's, made by vocab_map.py")
     add(
         "--template",
@@ -817,7 +843,9 @@ def check(args: argparse.Namespace) -> None:
     if args.value == "none":
         if args.antiexpert:
             raise InputError("--value is missing: the expert that --antiexpert is compared with")
-        refuse("map alpha value_device", "on the base alone")
+        refuse("map alpha value_device draft", "on the base alone")
+    if args.map:
+        refuse("draft", "with --map, whose base reads token by token")
     if args.prompts is None:
         refuse("out batch_size", "without --prompts")
     elif args.question is not None:
@@ -846,12 +874,15 @@ def check(args: argparse.Namespace) -> None:
             "--value_device is for one process; under torchrun both models are cut up over "
             "all devices"
         )
+    if torchrun():
+        refuse("draft", "under torchrun, where no process has all logits")
     if torchrun() and args.explain:
         raise InputError("--explain looks at all logits at once: leave out torchrun")
     for name in given(args, "out", "html"):
         file = getattr(args, name)
         refuse_overwriting(name, file, [("prompts", args.prompts), ("map", args.map)])
-        refuse_part_of_model(name, file, args.base, args.value, args.antiexpert, args.compare)
+        models = args.base, args.value, args.antiexpert, args.draft, args.compare
+        refuse_part_of_model(name, file, *models)
         writable_file(file)
 
 

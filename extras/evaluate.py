@@ -117,6 +117,8 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
         raise InputError(f"{parsed.question}: what is this? Names of tasks follow --tasks")
     for name in given(parsed, *NOT_OURS):
         raise InputError(f"--{name}: a benchmark decides that itself; leave it out")
+    if parsed.draft:
+        raise InputError("--draft: most benchmarks ask for no new tokens; leave it out")
     args = sample.arguments(rest)
     args.most = parsed.max_new_tokens
     refuse_part_of_model("out", ours.out, args.base, args.value, args.antiexpert)

@@ -299,7 +299,7 @@ def test_train_then_evaluate_then_sample(
         )
 
 
-@pytest.mark.parametrize("option", ["--map", "--antiexpert", "--value_device"])
+@pytest.mark.parametrize("option", ["--map", "--antiexpert", "--value_device", "--draft"])
 def test_what_waits_for_the_base_cannot_do_without_it(run, base_dir, value_dir, tmp_path, option):
     shutil.copytree(value_dir, tmp_path / "value")
     connections.record_connection(tmp_path / "value", "cascade")
@@ -307,6 +307,7 @@ def test_what_waits_for_the_base_cannot_do_without_it(run, base_dir, value_dir, 
         "--map": tmp_path / "map.safetensors",
         "--antiexpert": value_dir,
         "--value_device": "cpu",
+        "--draft": base_dir,
     }[option]
     if option == "--map":
         made = VocabMap.make(Tokenizer(base_dir), Tokenizer(value_dir), ["The cat"])

@@ -733,12 +733,13 @@ def test_damaged_files_are_refused(measured, tmp_path):
 # ---------------------------------------------------------------- the command line
 
 
-def test_options_that_cannot_take_effect_are_refused(measured, tmp_path):
+def test_options_that_cannot_take_effect_are_refused(measured, base_dir, tmp_path):
     task = ("--tasks", "winogrande")
     assert_refused(measured(), "--suite paper", "--tasks")
     assert_refused(measured(*task, "--suite", "paper"), "do not go together")
     assert_refused(measured(*task, "--temperature", 1), "temperature", "decides that itself")
     assert_refused(measured(*task, "--system", "Be brief."), "system", "decides that itself")
+    assert_refused(measured(*task, "--draft", base_dir), "--draft", "no new tokens")
     assert_refused(measured(*task, "--judge_url", "http://127.0.0.1"), "--judge_url", "mt-bench")
     assert_refused(measured("--tasks", "mt-bench", "--judge_model", "x"), "go together")
     assert_refused(measured(*task, "--toxigen_judge", tmp_path), "--toxigen_judge")

@@ -14,6 +14,7 @@ import extras.rehearse
 import sample
 import train as trainer
 from experiments import toy
+from extras import speculative
 from files import InputError
 from model import Llama
 
@@ -247,6 +248,7 @@ SAMPLE = {
     "base": ["--base", "OTHER"],
     "value": ["--value", "none"],
     "antiexpert": ["--antiexpert", "BASE"],
+    "draft": ["--draft", "BASE"],
     "map": ["--map", "OUT"],
     "template": ["--template", "llama-2"],
     "explain": ["--explain"],
@@ -282,7 +284,7 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
     places = {"BASE": base_dir, "VALUE": value_dir, "OTHER": other, "PROMPTS": prompts, "OUT": out}
     calls = []
 
-    def generate(base, value, prompts, max_new_tokens, **options):
+    def generate(base, value, prompts, max_new_tokens, draft=None, **options):
         models = [
             (
                 type(model).__name__,
@@ -290,7 +292,7 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
                 "hidden" in vars(model),
                 float(model.unembed.detach().to(torch.float64).sum()),
             )
-            for model in (base, value)
+            for model in (base, value, draft)
             if model is not None
         ]
         options = {name: str(option) for name, option in options.items()}
@@ -298,7 +300,11 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
         yield [5] * len(prompts)
         yield [2] * len(prompts)
 
+    def drafted(base, draft, *others, **options):
+        return generate(base, *others, draft=draft, **options)
+
     monkeypatch.setattr(sample, "generate", generate)
+    monkeypatch.setattr(speculative, "generate", drafted)
     monkeypatch.setattr(torch, "compile", lambda hidden, **_: hidden)
     monkeypatch.setattr(sample, "column_major", lambda model: model)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
@@ -324,6 +330,8 @@ def test_sampling(sample_calls, option, monkeypatch):
         alone = ["--base", "BASE", "--value", "none", "Where?"]
         if option != "value":
             assert differs(sample_calls, alone, SAMPLE[option]) != "nothing"
+        drafted = [*pair, "--draft", "OTHER", "Where?"]
+        assert differs(sample_calls, drafted, SAMPLE[option]) != "nothing"
     if option != "prompts":
         many = [*pair, "--prompts", "PROMPTS"]
         assert differs(sample_calls, many, SAMPLE[option]) != "nothing"

@@ -1,0 +1,461 @@
+"""Speculative decoding gives what plain decoding gives: its tokens, or its distribution."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import assert_refused, make_directory
+
+import ivl
+import sample
+from data import Tokenizer
+from extras import speculative
+from extras.proxy import Proxy
+from extras.speculative import LONGEST, Pace, generate, price_of, speedup
+from model import Config, Llama, Reader, column_major, load
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
+
+
+def tiny(seed: int, words: int = 12, lively: float = 0.5, context: int = 64, **shape) -> Llama:
+    """A random Llama; the livelier, the surer of its next token."""
+    shape = dict(hidden=8, layers=1) | shape
+    config = Config(words, shape["hidden"], 16, shape["layers"], 2, 1, 4, context)
+    model = Llama(config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.normal_(0, lively, generator=generator)
+    return model
+
+
+def near(model: Llama, seed: int, by: float = 0.1) -> Llama:
+    """A draft that often says what `model` says."""
+    other = Llama(model.config).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for weight, its in zip(other.parameters(), model.parameters()):
+        weight.copy_(its + by * torch.randn(its.shape, generator=generator))
+    return other
+
+
+class Fixed(Pace):
+    """Always as many tokens; notes what was drafted, and what stood."""
+
+    def __init__(self, k: int):
+        super().__init__(price=0.1)
+        self.k = k
+        self.rounds = []
+
+    def length(self) -> int:
+        return self.k
+
+    def seen(self, k, stood):
+        super().seen(k, stood)
+        self.rounds.append((k, list(stood)))
+
+
+class Noting(Pace):
+    """The real one; notes what was drafted."""
+
+    def __init__(self, price: float):
+        super().__init__(price)
+        self.lengths = []
+
+    def seen(self, k, stood):
+        super().seen(k, stood)
+        self.lengths.append(k)
+
+
+@pytest.fixture(scope="module")
+def base() -> Llama:
+    return tiny(1, hidden=16, layers=2)
+
+
+@pytest.fixture(scope="module")
+def value() -> Llama:
+    return tiny(2)
+
+
+# ---------------------------------------------------------------- greedy: the same tokens
+
+
+@pytest.mark.parametrize("k", [0, 1, 4, LONGEST])
+@pytest.mark.parametrize("by", [0.0, 0.1, 3.0])
+def test_greedy_tokens_are_the_target_s_own(base, value, k, by):
+    """For prompts of several lengths, however good the draft."""
+    pace = Fixed(k)
+    plain = list(ivl.generate(base, value, PROMPTS, 25))
+    assert list(generate(base, near(base, 3, by), value, PROMPTS, 25, pace=pace)) == plain
+    stood = {n for _, row in pace.rounds for n in row}
+    if by == 0:  # the base is its own draft
+        assert all(n == k for k, row in pace.rounds for n in row)
+    elif k > 1:  # rows take different numbers
+        assert len(stood) > 1
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, -2.0])
+def test_alpha_counts_in_draft_and_target(base, value, alpha):
+    plain = list(ivl.generate(base, value, PROMPTS, 20, alpha=alpha))
+    pace = Fixed(3)
+    drafted = generate(base, base, value, PROMPTS, 20, alpha=alpha, pace=pace)
+    assert list(drafted) == plain
+    assert all(n == k for k, row in pace.rounds for n in row)
+
+
+def test_each_token_is_read_once_by_the_value_model(base, value, monkeypatch):
+    """And the base reads all of a round's at once."""
+    reads = []
+    hidden = Reader.hidden
+
+    def noted(reader, tokens, counts=None):
+        reads.append((reader.model, tokens.shape[1]))
+        return hidden(reader, tokens, counts)
+
+    monkeypatch.setattr(Reader, "hidden", noted)
+    pace = Fixed(3)
+    draft = near(base, 3, 0.0)
+    list(generate(base, draft, value, [[1, 2]], 13, pace=pace))
+    assert [k for k, _ in pace.rounds] == [3, 3, 3]  # 1 + 3 · 4 tokens
+    assert [n for model, n in reads if model is base] == [2, 4, 4, 4]
+    assert [n for model, n in reads if model is value] == [2] + [1] * 12
+    # the prompt and the first token; later the one that it had not needed to read, and the next
+    assert [n for model, n in reads if model is draft] == [3, 1, 1, 2, 1, 1, 2, 1, 1]
+
+
+def test_a_stop_inside_a_draft_ends_the_row(base, value):
+    whole = list(ivl.generate(base, value, PROMPTS, 13))
+    told = [[ids[row] for ids in whole] for row in range(len(PROMPTS))]
+    ended = set()
+    for stop in sorted({i for row in told for i in row}):
+        plain = list(ivl.generate(base, value, PROMPTS, 13, stop=[stop]))
+        drafted = list(generate(base, base, value, PROMPTS, 13, stop=[stop], pace=Fixed(5)))
+        assert drafted == plain
+        # where in a round of six tokens it came; the first token of all is of no round
+        ended |= {(row.index(stop) - 1) % 6 for row in told if stop in row[1:]}
+    assert len(ended) > 3
+
+
+@pytest.mark.parametrize("of", ["base", "value"])
+@pytest.mark.parametrize("room", [1, 2, 3, 7])
+def test_a_context_that_becomes_full_ends_the_row(base, value, of, room):
+    models = {"base": base, "value": value}
+    short = near(models[of], 0, 0.0)
+    short.config = Config(**vars(short.config) | {"max_position_embeddings": 6 + room})
+    models[of] = short
+    plain = list(ivl.generate(*models.values(), PROMPTS, 40))
+    assert len(plain) == 5 + room  # of the shortest prompt
+    drafted = generate(models["base"], base, models["value"], PROMPTS, 40, pace=Fixed(4))
+    assert list(drafted) == plain
+
+
+@pytest.mark.parametrize("context, reads", [(3, 0), (8, 7), (10, 10), (12, 12)])
+def test_a_draft_whose_context_is_shorter_drafts_as_far_as_it_reaches(base, value, context, reads):
+    """With 3 + 1 tokens four more are drafted, of which it reads three; with 9 what then fits."""
+    draft = near(base, 0, 0.0)
+    draft.config = Config(**vars(base.config) | {"max_position_embeddings": context})
+    pace = Fixed(4)
+    plain = list(ivl.generate(base, value, [[1, 2, 3]], 20))
+    reader = Reader(draft, 1, 64)
+    longest = []
+    hidden = reader.hidden
+
+    def noted(tokens, counts=None):
+        h = hidden(tokens, counts)
+        longest.append(reader.lengths[0])
+        return h
+
+    reader.hidden = noted
+    draft.reader = lambda rows, slots: reader
+    assert list(generate(base, draft, value, [[1, 2, 3]], 20, pace=pace)) == plain
+    assert max(longest, default=0) == reads
+    assert pace.rounds[-1][0] == 0
+
+
+def test_words_that_are_not_said(base, value):
+    """The vocabulary's end, and ids that mean different things."""
+    draft = near(base, 3)
+    for never, vocabulary in (([], 9), ([0, 3, 8], 12), ([2], 7)):
+        choose = ivl.never(torch.tensor(never, dtype=torch.long), ivl.choose)
+        plain = ivl.generate(base, value, PROMPTS, 30, vocabulary=vocabulary, choose=choose)
+        options = {"vocabulary": vocabulary, "never": never}
+        drafted = list(generate(base, draft, value, PROMPTS, 30, pace=Fixed(3), **options))
+        assert drafted == list(plain)
+        warm = generate(base, draft, value, PROMPTS, 30, temperature=2.0, pace=Fixed(3), **options)
+        said = {i for ids in warm for i in ids}
+        assert max(said) < vocabulary and not said & set(never) and len(said) > 4
+
+
+def test_padded_vocabularies(value):
+    """Where one model has more rows than another, the front counts."""
+    base, draft = tiny(1, words=16), tiny(3, words=14)
+    plain = list(ivl.generate(base, value, PROMPTS, 30))
+    assert list(generate(base, draft, value, PROMPTS, 30, pace=Fixed(2))) == plain
+
+
+def test_a_difference_of_two_models_can_be_the_value_model(base, value):
+    proxy = Proxy(value, tiny(4))
+    plain = list(ivl.generate(base, proxy, PROMPTS, 30))
+    assert list(generate(base, near(base, 3), proxy, PROMPTS, 30, pace=Fixed(3))) == plain
+    assert speculative.cost(proxy) == sum(map(speculative.cost, proxy.models))
+
+
+@pytest.mark.parametrize(
+    "target, draft", [("stories260K", "llama2xs"), ("llama2xs", "stories260K")]
+)
+@pytest.mark.parametrize("k", [None, 3])
+def test_greedy_tokens_of_real_checkpoints(realdata, target, draft, k):
+    models = [load(realdata / "models" / name) for name in (target, draft, "llama2xs")]
+    base, draft, value = map(column_major, models)
+    tokenizer = Tokenizer(realdata / "models" / target)
+    texts = ["Once upon a time", "Lily and Tim went to the park. They saw", "The", "A big red ball"]
+    prompts = [tokenizer.encode(text) for text in texts]
+    options = {"stop": tokenizer.stop, "alpha": 0.5}
+    plain = list(ivl.generate(base, value, prompts, 120, **options))
+    pace = Noting(0.1) if k is None else Fixed(k)
+    assert list(generate(base, draft, value, prompts, 120, pace=pace, **options)) == plain
+
+
+# ---------------------------------------------------------------- drawn: the same distribution
+
+WORDS, DRAWN, ROWS = 5, 4, 50_000
+HOW = [
+    {"temperature": 1.0},
+    {"temperature": 1.2, "top_k": 4, "top_p": 0.9, "alpha": 0.5},
+    pytest.param({"temperature": 0.7, "top_k": 3}, marks=pytest.mark.slow),
+    pytest.param({"temperature": 1.5, "top_p": 0.8}, marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def trio() -> tuple[Llama, Llama, Llama]:
+    """Base, draft and value model with five words; draft and target agree on about two thirds."""
+    return tiny(1, WORDS, 0.6), tiny(8, WORDS, 0.6), tiny(2, WORDS, 0.6)
+
+
+def exactly(base: Llama, value: Llama, prompt: list[int], how: dict) -> torch.Tensor:
+    """The probability of each continuation of four words.  (5⁴,)"""
+    how = dict(how)
+    alpha = how.pop("alpha", 1.0)
+    choice = {"top_k": 0, "top_p": 1.0} | how
+    words = itertools.product(range(WORDS), repeat=DRAWN)
+    texts = torch.tensor([[*prompt, *four] for four in words])
+    z_post = ivl.combine(base(texts), value(texts), alpha)  # (5⁴, T, V)
+    p = ivl.probabilities(z_post.double(), **choice)[:, len(prompt) - 1 : -1]  # (5⁴, 4, V)
+    new = texts[:, len(prompt) :, None]  # (5⁴, 4, 1)
+    return p.gather(-1, new).double().prod(1)[:, 0]
+
+
+def drawn(base: Llama, draft: Llama, value: Llama, prompt: list[int], how: dict) -> torch.Tensor:
+    """How often each continuation of four words came.  (5⁴,)
+
+    Rounds of three drafted tokens; nine are asked for, or the rounds would become shorter before.
+    """
+    steps = generate(base, draft, value, [prompt] * ROWS, 9, seed=7, pace=Fixed(3), **how)
+    index = torch.zeros(ROWS, dtype=torch.long)
+    for ids in itertools.islice(steps, DRAWN):
+        index = WORDS * index + torch.tensor(ids)
+    return index.bincount(minlength=WORDS**DRAWN).double()
+
+
+def improbable(counts: torch.Tensor, p: torch.Tensor) -> float:
+    """Chi-squared, in standard deviations from what it is if `counts` are draws from p.
+
+    Cells that expect less than five are one cell. With m degrees of freedom its mean is m and its
+    variance 2 m.
+    """
+    assert counts[p == 0].sum() == 0
+    expected = p * counts.sum()
+    few = expected < 5
+    expected = torch.cat((expected[~few], expected[few].sum()[None]))
+    counts = torch.cat((counts[~few], counts[few].sum()[None]))
+    expected, counts = expected[expected > 0], counts[expected > 0]
+    freedom = len(expected) - 1
+    chi_squared = ((counts - expected) ** 2 / expected).sum().item()
+    return (chi_squared - freedom) / (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_drawn_tokens_have_the_target_s_distribution(trio, how):
+    base, draft, value = trio
+    p = exactly(base, value, [1, 2], how)
+    assert p.sum() == pytest.approx(1, abs=1e-6)
+    counts = drawn(base, draft, value, [1, 2], how)
+    assert improbable(counts, p) < 4
+
+
+def never_rejected(drafted, q, p, generator):
+    return torch.ones_like(drafted, dtype=torch.bool)
+
+
+def too_strict(drafted, q, p, generator):
+    """As if a draft's own probability did not count."""
+    p = p.gather(-1, drafted[..., None])[..., 0]
+    return torch.rand(p.shape, generator=generator) < p
+
+
+@pytest.mark.parametrize(
+    "name, wrong",
+    [
+        ("stands", never_rejected),
+        ("stands", too_strict),
+        ("lacking", lambda q, p: p),  # the whole distribution, and not what is lacking
+    ],
+)
+def test_wrong_rules_are_told_from_the_right_one(trio, monkeypatch, name, wrong):
+    base, draft, value = trio
+    monkeypatch.setattr(speculative, name, wrong)
+    p = exactly(base, value, [1, 2], HOW[0])
+    assert improbable(drawn(base, draft, value, [1, 2], HOW[0]), p) > 20
+
+
+def test_a_rejection_by_rounding_does_not_take_an_impossible_word():
+    """Where nothing is lacking anywhere, the target's own distribution counts."""
+    p = torch.tensor([[0.0, 1.0]])
+    assert speculative.lacking(p, p).tolist() == [[0.0, 1.0]]
+
+
+def test_a_seed_repeats_its_reply(base, value):
+    def reply(seed: int) -> list:
+        draft = near(base, 3)
+        return list(generate(base, draft, value, PROMPTS, 20, temperature=1.0, seed=seed))
+
+    assert reply(1) == reply(1) != reply(2)
+
+
+# ---------------------------------------------------------------- how many are drafted
+
+
+def test_a_draft_that_is_always_wrong_is_given_up_and_tried_again(value):
+    """The target says what the draft holds for impossible; yet now and then it is asked."""
+    base = tiny(1, context=300)
+    draft = near(base, 0, 0.0)
+    draft.lm_head.weight.mul_(-50)
+    value = near(value, 0, 0.0)
+    value.config = base.config
+    pace = Noting(0.25)
+    plain = list(ivl.generate(base, value, [[1, 2]], 250))
+    assert list(generate(base, draft, value, [[1, 2]], 250, pace=pace)) == plain
+    tried = [t for t, k in enumerate(pace.lengths) if k]
+    assert tried[0] == 0 and tried[-1] > 200
+    # what that costs, in steps: less than 5 % of plain decoding
+    assert 0.25 * sum(pace.lengths) < 0.05 * 250
+
+
+def test_a_draft_that_is_not_used_is_not_read(base, value, monkeypatch):
+    read = []
+    hidden = Reader.hidden
+
+    def noted(reader, *tokens):
+        read.append(reader.model)
+        return hidden(reader, *tokens)
+
+    monkeypatch.setattr(Reader, "hidden", noted)
+    draft = near(base, 3)
+    list(generate(base, draft, value, PROMPTS, 20, pace=Pace(price=0.9)))
+    assert draft not in read and base in read
+
+
+def test_the_pace_is_the_best_one():
+    for price in (0.05, 0.2, 0.5):
+        for share in (0.1, 0.4, 0.7, 0.9, 0.99):
+            pace = Pace(price)
+            pace.looked_at, pace.stood = 100.0, 100 * share
+            best = max(range(LONGEST + 1), key=lambda k: speedup(share, k, price))
+            assert pace.length() == best
+    assert Pace(0.05).length() > Pace(0.2).length() > Pace(0.8).length() == 0
+
+
+def test_a_good_draft_is_followed_further(base, value):
+    pace = Noting(0.3)
+    list(generate(base, base, value, [[1, 2]], 50, pace=pace))
+    assert pace.lengths[0] < max(pace.lengths[:6])
+
+
+def test_the_price_is_of_reading():
+    """Twice the layers, twice the time; on a CPU tokens that are read together cost some."""
+    one, two = tiny(1, layers=1), tiny(1, layers=2)
+    layers = speculative.cost(two) - speculative.cost(one)
+    assert layers > 7e5 and speculative.cost(one) > layers
+    assert price_of(one, one, one) > 1  # nothing is gained by a draft as large as the base
+    assert price_of(two, one, one) < price_of(one, one, one)
+    assert speculative.cost(one, tokens=3) > speculative.cost(one)
+
+
+# ---------------------------------------------------------------- in batches and in sample.py
+
+
+def test_steps_come_as_soon_as_all_rows_have_them(base, value):
+    """A reply streams: the first token is given before anything is drafted."""
+    pace = Fixed(4)
+    steps = generate(base, near(base, 3), value, PROMPTS, 30, pace=pace)
+    next(steps)
+    assert pace.rounds == []
+    next(steps)
+    assert len(pace.rounds) == 1
+
+
+@pytest.fixture
+def ask(run, tmp_path):
+    """sample.py with a target and a draft that sometimes agree."""
+    directories = [make_directory(tmp_path / name, seed) for name, seed in (("b", 1), ("d", 5))]
+    value = make_directory(tmp_path / "v", seed=2)
+
+    def runner(*args, draft=directories[1], base=directories[0], value=value, stdin=""):
+        drafts = [] if draft is None else ["--draft", draft]
+        models = ["--base", base, "--value", value, *drafts]
+        return run("sample.py", *models, "--max_new_tokens", 12, *args, stdin=stdin)
+
+    runner.base = directories[0]
+    return runner
+
+
+@pytest.fixture
+def always(monkeypatch):
+    """Three tokens are drafted, whatever the price."""
+    monkeypatch.setattr(Pace, "length", lambda pace: 3)
+
+
+def test_a_question_a_chat_and_a_file(ask, always, tmp_path):
+    for draft_is in (ask.base, None):
+        said = ask("hello you", draft=draft_is)
+        assert said.returncode == 0 and "12 tokens" in said.stderr
+    drafted, plain = ask("hello you"), ask("hello you", draft=None)
+    assert drafted.stdout == plain.stdout
+    lines = "hello you\n/base\n/value\n/alpha 0.5\nWho?\n"
+    assert ask(stdin=lines).stdout == ask(stdin=lines, draft=None).stdout
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello you\nWhere is the dog?\nThe cat\n")
+    many = ["--prompts", prompts, "--batch_size", 2]
+    assert ask(*many).stdout == ask(*many, draft=None).stdout
+    warm = ["--temperature", 0.7, "hello you"]
+    assert ask(*warm).stdout == ask(*warm).stdout != ask("--seed", 1, *warm).stdout
+
+
+def test_the_draft_does_draft(ask, always, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Pace, "seen", lambda pace, k, stood: seen.append((k, stood)))
+    ask("hello you", draft=ask.base)
+    assert [(k, stood) for k, stood in seen if k == 3] == [(3, [3])] * len(seen[:-1])
+
+
+def test_what_a_draft_cannot_do_is_refused(ask, run, monkeypatch, tmp_path):
+    other = make_directory(tmp_path / "other", 3, bytelevel=True)
+    assert_refused(ask("hello", draft=other), "--draft", "another vocabulary")
+    assert_refused(ask("hello", draft=tmp_path / "absent"), "--draft", "absent")
+    assert_refused(ask("hello", value="none"), "--draft", "base alone")
+    assert_refused(ask("--map", tmp_path / "m", "hello"), "--draft", "--map", "token by token")
+    monkeypatch.setattr(sample, "torchrun", lambda: True)
+    assert_refused(ask("hello"), "--draft", "torchrun")
+
+
+def test_a_draft_that_lacks_a_word_is_refused(ask, tmp_path):
+    """Of one that differs otherwise nothing is lost, if the pair never says it."""
+    fewer = make_directory(tmp_path / "fewer", 3)
+    raw = json.loads((fewer / "tokenizer.json").read_text())
+    vocabulary = raw["model"]["vocab"]
+    last = max(vocabulary, key=vocabulary.get)
+    vocabulary["another"] = vocabulary.pop(last)
+    raw["model"]["merges"] = [pair for pair in raw["model"]["merges"] if "".join(pair) != last]
+    (fewer / "tokenizer.json").write_text(json.dumps(raw))
+    assert_refused(ask("hello", draft=fewer), "--draft", "another vocabulary")
