@@ -5,6 +5,7 @@
     python experiments/bench.py loss --shape llama-3-8b llama-3.2-1b --tokens 16384 --peers eager
     python experiments/bench.py train-step --shape tinyllama-1.1b tinyllama-1.1b --compile
     python experiments/bench.py kernels          # how many a step of decoding launches
+    python experiments/bench.py speculative --base DIR --draft SMALL --value DIR --prompts FILE
     python experiments/bench.py vocab-map --base DIR --value DIR --text FILE
     python experiments/bench.py gpu              # on a GPU: all that is to be measured there
     python experiments/bench.py plan --base llama-2-70b --value tinyllama-1.1b --gpus 4 --gpu h100
@@ -30,7 +31,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import vocab_map
 from data import Tokenizer
-from experiments import bench_gpu, plan
+from experiments import bench_gpu, bench_speculative, plan
 from experiments.bench_measure import (
     Kernel,
     Measured,
@@ -182,6 +183,8 @@ class Rows:
                 notes.append(f"{row['share']:.0%} of {row['limit']}")
             if row.get("agreement") not in (None, 1):
                 notes.append(f"the first {row['agreement']:.0%} of the tokens agree")
+            if "note" in row:
+                notes.append(row["note"])
             name = row["name"] if row is first else ""
             line = (
                 f"{name:{self.wide}}{row['ours']:12.1f}{row['peer']:12.1f} {row['unit']:9}"
@@ -543,6 +546,8 @@ def arguments() -> argparse.Namespace:
     sub.add_argument("--text", required=True, help="texts to count in")
     sub.add_argument("--peer_texts", type=int, default=50, help="texts for the slow peer (50)")
     sub.set_defaults(device="cpu")
+    sub = commands.add_parser("speculative", help=bench_speculative.bench.__doc__)
+    bench_speculative.add_arguments(sub)
     for sub in commands.choices.values():
         sub.add_argument("--json", help="file for the rows, as JSON, written row by row")
     bench_gpu.add_arguments(commands.add_parser("gpu", help="all that is to be measured on a GPU"))
@@ -561,9 +566,10 @@ def main() -> None:
     args.device = pick_device(args.device)
     if args.device.type not in ("cpu", "cuda"):
         raise InputError(f"--device {args.device}: only cpu and cuda can be measured")
-    if args.what == "vocab-map":
+    if args.what in ("vocab-map", "speculative"):
+        bench = bench_vocab_map if args.what == "vocab-map" else bench_speculative.bench
         rows = Rows(args.device, args.json, 60)
-        for row in bench_vocab_map(args):
+        for row in bench(args):
             rows.add(row)
         return
 

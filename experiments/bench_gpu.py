@@ -53,12 +53,15 @@ from experiments.bench_sides import (
     step_variants,
     weight_bytes,
 )
+from experiments.bench_speculative import Noted, coin
+from extras.speculative import generate
 from files import TABLE, InputError, command, pick_device, pick_dtype, read_json, write_text
-from model import Llama
+from model import Llama, column_major
 
 MINUTES = 8.8  # for all parts together
 TESTS = ("tests/test_graphs.py", "tests/test_ivl.py", "tests/test_kernels.py")
 STEPS = 20  # of decoding, that are profiled
+DRAFTED = 4  # tokens in a round of speculative decoding
 LAYERS = 8  # of models whose decoding is compiled: it takes long, and all layers are alike
 
 
@@ -99,6 +102,9 @@ ROWS = [
     Row("kernels", "profile", "base + value: kernels per token", "our base alone", "kernels"),
     Row("gaps", "profile", "base + value: no kernel runs", "a step", "ms", "", True),
     Row("profiled", "profile", "base + value: weights read", "copy bandwidth", "GB/s", "", True),
+    # speculative decoding
+    Row("round", "speculative", "a round of 4 drafted tokens", "its weights, copied", "ms"),
+    Row("round-steps", "speculative", "a round of 4 drafted tokens", "a step of the pair", "ms"),
     # transformers
     Row(
         "transformers",
@@ -133,6 +139,7 @@ class Job:
 
     device: str
     decode: tuple[str, str] = ("llama-2-7b", "tinyllama-1.1b")
+    draft: str = "tinyllama-1.1b"
     lengths: tuple[int, int] = (128, 1024)
     loss: tuple[str, str] = ("tinyllama-1.1b", "tinyllama-1.1b")
     loss_tokens: int = 16384
@@ -264,6 +271,40 @@ def profile(job: Job) -> Iterator[Figures]:
     yield Figures("gaps", gaps / STEPS / 1e6, span / STEPS / 1e6, shape, note)
     read = bytes_per_token(pair.base, pair.value) * STEPS / span  # bytes per nanosecond
     yield Figures("profiled", read, copy_bandwidth(device) / 1e9, shape)
+
+
+def speculative(job: Job) -> Iterator[Figures]:
+    """A round of speculative decoding in which all drafted tokens stand: against what reading its
+    weights takes, and against a step of plain decoding. That ratio is the number of tokens that a
+    round has to give before it pays.
+    """
+    device = job.target()
+    pair = random_pair(job.decode, device, set())
+    draft = random_llama(job.draft, device, pick_dtype("auto", device), 2)
+    if device.type == "cpu":
+        column_major(draft)
+    rounds = max(1, job.lengths[0] // (DRAFTED + 1))
+    tokens = 1 + rounds * (DRAFTED + 1)  # the prompt gives the first
+    of_pair = decoder(pair.base, pair.value)
+
+    def drafted() -> list[list[int | None]]:
+        pace = Noted(1.0, [], fixed=DRAFTED)
+        return list(generate(pair.base, draft, pair.value, [PROMPT], tokens, pace=pace))
+
+    with coin(1.0):
+        variants = {"drafted": drafted, "plain": lambda: ours(of_pair, PROMPT, tokens)}
+        got = dict(measure(variants, 3, device))
+    a_round = 1e3 * got["drafted"].seconds / rounds
+    a_step = 1e3 * got["plain"].seconds / tokens
+
+    # small base and value model are read once for each drafted token, and the value model once more
+    read = DRAFTED * bytes_per_token(draft, pair.value) + bytes_per_token(pair.base, pair.value)
+    least = 1e3 * read / copy_bandwidth(device)
+    shape = f"{' + '.join(job.decode)}, draft {job.draft}"
+    note = f"{tokens / got['drafted'].seconds:.1f} tokens/s if all stand"
+    yield Figures("round", a_round, least, shape, note)
+    note = f"pays from {a_round / a_step:.2f} tokens a round, of {DRAFTED + 1}"
+    yield Figures("round-steps", a_round, a_step, shape, note)
 
 
 def loss(job: Job) -> Iterator[Figures]:
@@ -403,6 +444,7 @@ PARTS = {  # in this order
     "loss": Part(loss, 20, 60),
     "step": Part(step, 30, 130),
     "profile": Part(profile, 30, 60),
+    "speculative": Part(speculative, 20, 60),
     "transformers": Part(transformers, 60, 170),
     "switches": Part(switches, 50, 150),
 }
@@ -538,6 +580,7 @@ def gpu(args: argparse.Namespace) -> None:
     if args.shape:
         check_pair(*args.shape)
         job.decode = job.loss = job.step = tuple(args.shape)
+        job.draft = args.shape[1]
     if args.tokens:
         if min(args.tokens) < 1:
             raise InputError("--tokens must be at least 1")

@@ -1,0 +1,272 @@
+"""Speculative decoding against plain decoding of the same pair.
+
+    python experiments/bench.py speculative --base DIR --draft SMALL --value DIR --prompts FILE
+    python experiments/bench.py speculative --shape 58m 24m 24m --share 0.8     # random weights
+
+All ways to decode take turns, greedily, over the same prompts: plain, with the number of drafted
+tokens adapted to what stands, and with fixed numbers of them. Models with random weights agree
+about nothing, so there a coin decides which drafted tokens stand: --share is the probability that
+one does. Beside the measured speed-up stands the predicted one. It takes from the run how many
+tokens a round gave, and what a round costs from the time that each model takes to read.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import sample
+from experiments.bench_measure import seconds
+from experiments.bench_sides import PROMPT, check_pair, decoder, random_llama
+from extras import speculative
+from extras.speculative import Pace, leading, price_of
+from files import InputError, given, number, pick_dtype, whole
+from model import Llama, column_major
+
+SHAPES = {
+    "cpu": ("58m", "24m", "24m"),
+    "cuda": ("llama-2-7b", "tinyllama-1.1b", "tinyllama-1.1b"),
+}
+LENGTHS = [1, 2, 4, 8]  # of drafts, beside the adapted ones
+DIRECTORIES = ("base", "draft", "value", "prompts")
+READS = 9  # of which the median is the time of a read
+
+
+class Noted(Pace):
+    """A pace that notes in `rounds`, for each row, how many were drafted and how many stood.
+
+    fixed: always draft so many (None: as many as pay).
+    """
+
+    def __init__(self, price: float, rounds: list[tuple[int, int]], fixed: int | None = None):
+        super().__init__(price)
+        self.rounds = rounds
+        self.fixed = fixed
+
+    def length(self) -> int:
+        return super().length() if self.fixed is None else self.fixed
+
+    def seen(self, k: int, stood: Sequence[int]) -> None:
+        super().seen(k, stood)
+        self.rounds += [(k, n) for n in stood]
+
+
+@contextmanager
+def coin(share: float) -> Iterator[None]:
+    """In the block each drafted token stands with this probability, whatever the models say."""
+    verify = speculative.verify_likeliest
+    generator = torch.Generator().manual_seed(0)
+
+    def by_coin(drafted: Tensor, z_post: Tensor) -> tuple[Tensor, Tensor]:
+        _, new = verify(drafted, z_post)  # for the time it takes
+        return leading(torch.rand(drafted.shape, generator=generator) < share), new
+
+    speculative.verify_likeliest = by_coin
+    try:
+        yield
+    finally:
+        speculative.verify_likeliest = verify
+
+
+# ---------------------------------------------------------------- what a round should cost
+
+
+def reading_time(model: Llama, rows: int, tokens: int) -> float:
+    """Seconds in which `model` reads so many tokens of each row at once, after a short prompt."""
+    device = model.unembed.device
+    reader = model.reader(rows, len(PROMPT) + tokens)
+    prompts = torch.tensor([PROMPT] * rows)
+    times = []
+    with torch.inference_mode():
+        reader.read(prompts)
+        for _ in range(READS):
+            times.append(
+                seconds(lambda: reader.read_each(prompts[:, :1].repeat(1, tokens)), device)
+            )
+            reader.back_to([len(PROMPT)] * rows)
+    return statistics.median(times)
+
+
+def predicted(rounds: Sequence[tuple[int, int]], times: dict[tuple[str, int], float]) -> float:
+    """How many times faster than plain decoding these rounds should be.
+
+    times: in which base, draft and value read so many tokens at once.
+
+    Example: rounds of two drafted tokens, of which two and none stood: four tokens. The base takes
+    8 for a token and 9 for three, the others 1 each: 4 · (8 + 1) against 2 · (9 + 2 · 1 + 3 · 1)
+    >>> times = {("base", 1): 8, ("base", 3): 9, ("draft", 1): 1, ("value", 1): 1}
+    >>> round(predicted([(2, 2), (2, 0)], times), 3)
+    1.286
+    """
+    plain = drafted = 0.0
+    for k, stood in rounds:
+        plain += (stood + 1) * (times["base", 1] + times["value", 1])
+        drafted += times["base", k + 1] + k * times["draft", 1] + (k + 1) * times["value", 1]
+    return plain / drafted
+
+
+# ---------------------------------------------------------------- the bench
+
+
+@dataclass
+class Trio:
+    """What is decoded with, and what is asked."""
+
+    base: Llama
+    draft: Llama
+    value: Llama
+    names: str
+    batches: list[list[list[int]]]
+    plain: Callable  # (prompts) → steps, as `ivl.generate` gives them
+    drafted: Callable  # (prompts, pace=...) → the same
+    chance: AbstractContextManager  # in which they run
+
+
+def from_directories(args: argparse.Namespace) -> Trio:
+    """As sample.py has them. Raises InputError."""
+    for name in DIRECTORIES:
+        if getattr(args, name) is None:
+            raise InputError(f"--{name} is missing: --{', --'.join(DIRECTORIES)} go together")
+    for name in given(args, "shape", "share"):
+        raise InputError(f"--{name} is for random weights; leave it out")
+    models = {name: getattr(args, name) for name in ("base", "draft", "value")}
+    words = [word for name, model in models.items() for word in (f"--{name}", str(model))]
+    speaker = sample.Speaker(sample.arguments([*words, "--device", str(args.device)]))
+    chats = sample.read_prompts(args.prompts)[: args.limit]
+    prompts = [speaker.prompt(messages) for messages in chats]
+    size = args.batch_size
+    pair = speaker.base, speaker.value
+    drafted = speaker.decoder(*pair)
+    draft, speaker.draft = speaker.draft, None
+    plain = speaker.decoder(*pair)
+    common = {"max_new_tokens": args.tokens, "stop": speaker.tokenizer.stop}
+    return Trio(
+        speaker.base,
+        draft,
+        speaker.value,
+        " + ".join(f"{model.parent.name}/{model.name}" for model in models.values()),
+        [prompts[i : i + size] for i in range(0, len(prompts), size)],
+        partial(plain, **common),
+        partial(drafted, **common),
+        nullcontext(),
+    )
+
+
+def from_shapes(args: argparse.Namespace) -> Trio:
+    """With random weights. Raises InputError."""
+    names = args.shape or SHAPES[args.device.type]
+    for name in names[1:]:
+        check_pair(names[0], name)
+    dtype = pick_dtype("auto", args.device)
+    models = [random_llama(name, args.device, dtype, seed) for seed, name in enumerate(names)]
+    if args.device.type == "cpu":
+        for model in models:
+            column_major(model)
+    base, draft, value = models
+    common = {"max_new_tokens": args.tokens}
+    return Trio(
+        *models,
+        " + ".join(names),
+        [[PROMPT] * args.batch_size],
+        partial(decoder(base, value), **common),
+        partial(speculative.generate, base, draft, value, **common),
+        coin(0.8 if args.share is None else args.share),
+    )
+
+
+def bench(args: argparse.Namespace) -> Iterator[list[dict]]:
+    """Speculative decoding against plain decoding of the same pair, in tokens per second."""
+    directories = given(args, *DIRECTORIES)
+    trio = from_directories(args) if directories else from_shapes(args)
+    price = price_of(trio.base, trio.draft, trio.value)
+    rounds = {}
+
+    def speculating(name: str, fixed: int | None) -> Callable:
+        """A way to decode that notes its rounds under `name`."""
+        rounds[name] = []
+        return lambda prompts: trio.drafted(prompts, pace=Noted(price, rounds[name], fixed))
+
+    ways = {"plain": trio.plain, "adapted": speculating("adapted", None)}
+    for k in args.drafted:
+        ways[f"{k} drafted"] = speculating(f"{k} drafted", k)
+
+    def run(decode: Callable) -> list[list[int]]:
+        """All replies."""
+        replies = []
+        for prompts in trio.batches:
+            for row in zip(*decode(prompts)):
+                replies.append([i for i in row if i is not None])
+        return replies
+
+    # once to warm up, for the replies and the rounds; then all ways take turns on the clock
+    with trio.chance:
+        replies = {name: run(way) for name, way in ways.items()}
+        seen = {name: list(noted) for name, noted in rounds.items()}
+        clock = {name: [] for name in ways}
+        for _ in range(args.repeats):
+            for name, way in ways.items():
+                clock[name].append(seconds(partial(run, way), args.device))
+
+    rows = len(trio.batches[0])
+    times = reading_times(trio, rows, {k for noted in seen.values() for k, _ in noted})
+    speed = {}
+    for name in ways:
+        tokens = sum(map(len, replies[name]))
+        speed[name] = tokens / statistics.median(clock[name])
+    for name, noted in seen.items():
+        same = sum(map(list.__eq__, replies[name], replies["plain"]))
+        mean_drafted, mean_stood = (statistics.fmean(column) for column in zip(*noted))
+        note = f"{mean_stood:.2f} of {mean_drafted:.2f} drafted tokens stand a round"
+        note += f"; predicted {predicted(noted, times):.2f}"
+        if directories:
+            note += f"; {same} of {len(replies[name])} replies are the same"
+        row = {
+            "name": f"speculative, {name} / plain",
+            "shape": trio.names,
+            "tokens": args.tokens,
+            "unit": "tokens/s",
+            "ours": speed[name],
+            "peer": speed["plain"],
+            "ratio": speed[name] / speed["plain"],
+            "note": note,
+        }
+        yield [row]
+
+
+def reading_times(trio: Trio, rows: int, drafts: set[int]) -> dict[tuple[str, int], float]:
+    """For `predicted`: what a step of each model takes, and what verifying takes."""
+    times = {}
+    for name, model in [("draft", trio.draft), ("value", trio.value)]:
+        times[name, 1] = reading_time(model, rows, 1)
+    for k in drafts | {0}:
+        times["base", k + 1] = reading_time(trio.base, rows, k + 1)
+    return times
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--base", type=Path, help="directory of the large base")
+    add("--draft", type=Path, help="directory of the small base")
+    add("--value", type=Path, help="directory of the value model")
+    add("--prompts", help="what is asked, as in sample.py; with the three directories")
+    add("--limit", type=whole(1, 10**6), default=500, help="only the first so many of them (500)")
+    add(
+        "--shape",
+        nargs=3,
+        metavar=("BASE", "DRAFT", "VALUE"),
+        help=f"random weights instead (on a CPU {' '.join(SHAPES['cpu'])}; on a GPU "
+        f"{' '.join(SHAPES['cuda'])})",
+    )
+    add("--share", type=number(0, 1), help="... of drafted tokens that stand (0.8)")
+    add("--drafted", nargs="*", type=whole(0, 64), default=LENGTHS, help="fixed numbers (1 2 4 8)")
+    add("--tokens", type=whole(2, 10**6), default=128, help="new tokens at most (128)")
+    add("--batch_size", type=whole(1, 10**4), default=1, help="prompts at a time (1)")
+    add("--repeats", type=whole(1, 1000), default=3, help="runs of which the median counts (3)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1")
