@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from conftest import ROOT, assert_refused
 
 import ivl
-from experiments import bench, bench_gpu, bench_measure, bench_sides, plan
+from experiments import bench, bench_gpu, bench_measure, bench_sides, bench_speculative, plan
 from experiments.bench_measure import CPU, Kernel
+from extras import speculative
 from files import InputError
 from model import Config, Llama, column_major
 
@@ -237,6 +238,45 @@ def test_rows_are_given_when_both_sides_are_measured(monkeypatch):
     for comparison, _ in bench.compared(comparisons, variants, args):
         order.append(comparison.key)
     assert order == ["two-headed", "eager", "eager", "compiled", "compiled"]
+
+
+# ---------------------------------------------------------------- speculative decoding
+
+
+def test_speculative_with_random_weights(bench_main):
+    options = ("--tokens", 13, "--repeats", 1, "--share", 1, "--drafted", 0, 3)
+    written, printed = bench_main("speculative", "--shape", *TOYS, TOYS[1], *options)
+    names = [f"speculative, {way} / plain" for way in ("adapted", "0 drafted", "3 drafted")]
+    check(written, printed, names, ["tokens/s"])
+    assert "0.00 of 0.00 drafted tokens stand" in written["rows"][1]["note"]
+    assert "predicted 1.00" in written["rows"][1]["note"]
+    assert "3.00 of 3.00 drafted tokens stand" in written["rows"][2]["note"]
+
+
+def test_speculative_with_directories(bench_main, base_dir, value_dir, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hello you\nWhere is the dog?\nThe cat\nnever asked\n")
+    models = ("--base", base_dir, "--draft", base_dir, "--value", value_dir, "--prompts", prompts)
+    options = ("--limit", 3, "--batch_size", 2, "--tokens", 9, "--repeats", 1, "--drafted", 3)
+    written, printed = bench_main("speculative", *models, *options)
+    check(
+        written,
+        printed,
+        [f"speculative, {n} / plain" for n in ("adapted", "3 drafted")],
+        ["tokens/s"],
+    )
+    for row in written["rows"]:
+        assert "3 of 3 replies are the same" in row["note"]
+    assert "3.00 of 3.00 drafted tokens stand" in written["rows"][1]["note"]  # its own draft
+
+
+def test_a_coin_decides_what_stands_and_only_in_its_block():
+    drafted, z_post = torch.zeros(2000, 2, dtype=torch.long), torch.randn(2000, 3, 5)
+    true = speculative.verify_likeliest(drafted, z_post)[0]
+    with bench_speculative.coin(0.5):
+        stood = speculative.verify_likeliest(drafted, z_post)[0]
+    assert stood.float().mean().item() == pytest.approx(0.5 + 0.25, abs=0.06)
+    assert speculative.verify_likeliest(drafted, z_post)[0].equal(true) and not true.equal(stood)
 
 
 # ---------------------------------------------------------------- the loss
@@ -653,6 +693,8 @@ def test_vocab_map_writes_its_rows_too(bench_main, base_dir, value_dir, tmp_path
         (["decode", "--device", "cuda:99"], "cuda:99"),
         (["decode", "--peers", "alone", "vllm"], "--peers vllm: .*alone.*uncached"),
         (["loss", "--peers", "pair"], "--peers pair: .*eager.*library"),
+        (["speculative", "--base", "x"], "--draft is missing.*--prompts"),
+        (["speculative", "--shape", "58m", "24m", "toy-small"], "32000.*1536"),
         (["gpu"], "--shape and --tokens"),
         (["gpu", "--shape", "llama-3-8b", "58m", "--tokens", "4", "8"], "128256.*32000"),
         (["gpu", "--shape", *TOYS, "--tokens", "0", "8"], "--tokens"),

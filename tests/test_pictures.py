@@ -13,7 +13,7 @@ from experiments import pictures
 from ivl import combine, loss_sums
 
 SVG = "{http://www.w3.org/2000/svg}"
-DRAWN = ["method", "gradient"]
+DRAWN = ["method", "gradient", "speculative"]
 
 # the lecture's logits, in multiples of log 2: Oslo, Rome, Lima, Sorry, Who
 SMALL, LARGE, VALUE = [2, 1, 0, 3, 0], [0, 3, 1, 4, 0], [1, 1, 1, -3, 0]
