@@ -288,49 +288,55 @@ def generate(
         """The next token of each row.  (B, V) → (B,)"""
         return draw(p, generator) if temperature else p.argmax(-1)
 
+    def step(tokens: Tensor, counts: Tensor | None = None) -> list[list[int]]:
+        """A step of plain decoding: base and value model read on; each row's new token."""
+        p = post(of_base.read(tokens, counts), of_value.read(tokens, counts))  # (B, V)
+        return choose(p)[:, None].tolist()
+
+    def speculate(k: int, last: Tensor) -> list[list[int]]:
+        """A round of k drafted tokens; each row's new ones.  last (B, 1): each text's last token"""
+        # small base and value model draft. The small base begins with what it has not read: the
+        # last token, the one before if all had stood, and what was chosen without a draft
+        unread = [text[n:] for text, n in zip(replies.texts, of_draft.lengths)]
+        tokens, counts = padded(unread)  # (B, T), (B,)
+        read, z_delta, q = [last], [], []
+        for _ in range(k):
+            z_delta.append(of_value.read(read[-1]))  # (B, V)
+            q.append(post(of_draft.read(tokens, counts), z_delta[-1]))  # (B, V)
+            read.append(choose(q[-1])[:, None])  # (B, 1)
+            tokens, counts = read[-1], None
+
+        # the large base reads all at once; the value model the last token, for one more
+        z_delta.append(of_value.read(read[-1]))
+        tokens = torch.cat(read, 1)  # (B, k + 1)
+        p = post(of_base.read_each(tokens), torch.stack(z_delta, 1))  # (B, k + 1, V)
+
+        # each row keeps what stands, and the target's own token
+        drafted = tokens[:, 1:]  # (B, k)
+        if temperature:
+            stood, new = verify_drawn(drafted, q, p, generator)  # (B,) each
+        else:
+            stood, new = verify_likeliest(drafted, p)
+        rows = zip(drafted.tolist(), stood.tolist(), new.tolist())
+        return [[*row[:n], i] for row, n, i in rows]
+
     # 2) base and value model read the prompts
-    new = choose(post(of_base.read(tokens, counts), of_value.read(tokens, counts)))  # (B,)
-    replies.grow(new[:, None].tolist())
+    replies.grow(step(tokens, counts))
     while True:
         yield from replies.steps()
         if not any(replies.running):
             return
 
-        # 3) so many are drafted that with the target's own token all fit; and the draft has read
+        # 3) so many are drafted that with the target's own token all fit; and the draft has to read
         #    all but the last of them
         context = draft.config.max_position_embeddings
         k = max(0, min(pace.length(), replies.room() - 1, context - replies.longest() + 1))
+        last = torch.tensor([text[-1:] for text in replies.texts], device=device)  # (B, 1)
+        new = speculate(k, last) if k > 0 else step(last)
+        pace.seen(k, [len(row) - 1 for row, on in zip(new, replies.running) if on])
+        replies.grow(new)
 
-        # 4) small base and value model draft. The small base begins with what it has not read: the
-        #    last token, one more if all had stood, and what was chosen without a draft
-        if k > 0:
-            unread = [text[n:] for text, n in zip(replies.texts, of_draft.lengths)]
-            tokens, counts = padded(unread)  # (B, T), (B,)
-        read = [torch.tensor([text[-1] for text in replies.texts], device=device)]  # (B,) each
-        z_delta, q = [], []
-        for _ in range(k):
-            z_delta.append(of_value.read(read[-1][:, None]))  # (B, V)
-            q.append(post(of_draft.read(tokens, counts), z_delta[-1]))  # (B, V)
-            read.append(choose(q[-1]))
-            tokens, counts = read[-1][:, None], None
-
-        # 5) the large base reads all at once; the value model the last token, for one more
-        z_delta.append(of_value.read(read[-1][:, None]))
-        tokens = torch.stack(read, 1)  # (B, k + 1)
-        p = post(of_base.read_each(tokens), torch.stack(z_delta, 1))  # (B, k + 1, V)
-        if temperature:
-            stood, new = verify_drawn(tokens[:, 1:], q, p, generator)  # (B,) each
-        else:
-            stood, new = verify_likeliest(tokens[:, 1:], p)
-
-        # 6) each row keeps what stands, and the target's token
-        rows = zip(tokens[:, 1:].tolist(), stood.tolist(), new.tolist())
-        kept = [[*drafted[:n], i] for drafted, n, i in rows]
-        on = [len(new) - 1 for new, on in zip(kept, replies.running) if on]
-        pace.seen(k, on)
-        replies.grow(kept)
-
-        # 7) what was read beyond is taken back: all but the last token of each text has been read.
+        # 4) what was read beyond is taken back: all but the last token of each text has been read.
         #    A row that has ended stays where it is
         lengths = [len(text) - 1 for text in replies.texts]
         if of_base.lengths != lengths:
