@@ -166,8 +166,10 @@ class Speaker:
 
         # a draft has to know all that can be said: what it lacked would no longer be said
         if args.draft:
+            of_draft = Tokenizer(plain(args.draft), args.template)
+            of_draft.check(Config.load(args.draft).vocab_size)
             said = set(range(self.vocabulary)) - self.differing
-            tokens = dict(enumerate(Tokenizer(plain(args.draft), args.template).tokens))
+            tokens = dict(enumerate(of_draft.tokens))
             if any(tokens.get(i) != self.tokenizer.tokens[i] for i in said):
                 raise InputError(
                     f"--draft {args.draft}: has another vocabulary than the pair; choose a small "
@@ -175,7 +177,7 @@ class Speaker:
                 )
 
     def load_models(self) -> None:
-        """Base, value model and antiexpert, each a Llama by itself."""
+        """Base, value model, antiexpert and draft, each a Llama by itself."""
         args = self.args
         dtype = pick_dtype(args.dtype, self.device)
         value_device = pick_device(args.value_device) if args.value_device else self.device
