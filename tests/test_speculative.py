@@ -317,8 +317,8 @@ def test_a_rejection_by_rounding_does_not_take_an_impossible_word():
 
 def test_a_seed_repeats_its_reply(base, value):
     def reply(seed: int) -> list:
-        draft = near(base, 3)
-        return list(generate(base, draft, value, PROMPTS, 20, temperature=1.0, seed=seed))
+        how = {"temperature": 1.0, "seed": seed, "pace": Fixed(3)}
+        return list(generate(base, near(base, 3), value, PROMPTS, 20, **how))
 
     assert reply(1) == reply(1) != reply(2)
 
