@@ -136,6 +136,13 @@ def test_a_stop_inside_a_draft_ends_the_row(base, value):
     assert len(ended) > 3
 
 
+def test_no_more_is_drafted_than_fits_with_the_target_s_own_token(base, value):
+    """Twelve tokens: the prompt's one, 3 + 1, 3 + 1, and 2 + 1."""
+    pace = Fixed(3)
+    list(generate(base, near(base, 3, 0.0), value, [[1, 2]], 12, pace=pace))
+    assert [k for k, _ in pace.rounds] == [3, 3, 2]
+
+
 @pytest.mark.parametrize("of", ["base", "value"])
 @pytest.mark.parametrize("room", [1, 2, 3, 7])
 def test_a_context_that_becomes_full_ends_the_row(base, value, of, room):
