@@ -267,7 +267,7 @@ def figure(name: str, rows: list[dict]) -> "Figure":
             legend.values(),
             legend,
             loc="outside lower center",
-            ncols=len(legend) if len(legend) <= 5 else math.ceil(len(legend) / 2),
+            ncols=len(legend) if len(legend) <= 5 else min(4, math.ceil(len(legend) / 2)),
             frameon=False,
             fontsize=11,
         )

@@ -364,7 +364,7 @@ def show(name: str, rows: list[dict], out: Path) -> None:
     columns = [key for key in rows[0] if key not in ("base", "system")]
 
     def line(base: str, system: str, cells: list[str]) -> str:
-        return f"{base:<11}{system:<17}" + "".join(f"{cell:<23}" for cell in cells).rstrip()
+        return f"{base:<11}{system:<22}" + "".join(f"{cell:<23}" for cell in cells).rstrip()
 
     print(f"\n{name}: mean (smallest to largest)")
     print(line("base", "system", columns))

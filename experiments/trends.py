@@ -100,7 +100,12 @@ def scales(out: Path) -> "Figure":
 
 # ---------------------------------------------------------------- the norm term over λ
 
-LOSSES = {"plain": "#0072b2", "centred": "#c44e00", "warmed": "#3f8f3f"}
+# colour, and where a point's λ stands beside it
+LOSSES = {
+    "plain": ("#0072b2", (6, 6)),
+    "centred": ("#c44e00", (8, -4)),
+    "warmed": ("#3f8f3f", (-24, -8)),
+}
 # of |z_Δ| along the training: which trainings, and their colours
 ALONG = {"small": ("#888888", "λ = 0"), "small norm": ("#0072b2", "plain, λ = 0.3")}
 ALONG |= {"centred 0.3": ("#c44e00", "centred, λ = 0.3")}
@@ -129,7 +134,7 @@ def trade(axes, rows: list[dict]) -> None:
     (alone,) = [row for row in here if row["system"] == "alone"]
     known = alone["few-shot"]["mean"]
     axes.axhline(known, color="#000000", linestyle=":", label="base alone")
-    for loss, colour in LOSSES.items():
+    for loss, (colour, beside) in LOSSES.items():
         points = []
         for row in here:
             of_row = strength_of(row["system"])
@@ -141,7 +146,7 @@ def trade(axes, rows: list[dict]) -> None:
         _, form, few_shot = zip(*points)
         axes.plot(form, few_shot, "o-", color=colour, label=loss)
         for lam, x, y in points[1:]:
-            axes.annotate(f"{lam:g}", (x, y), (5, 4), textcoords="offset points", color=colour)
+            axes.annotate(f"{lam:g}", (x, y), beside, textcoords="offset points", color=colour)
     axes.set(xlabel="form on the largest base", ylabel="few-shot on the largest base")
     axes.set_title("what each λ keeps, and costs", loc="left", fontsize=12)
 
@@ -153,7 +158,8 @@ def along(axes, parts: dict[str, dict[str, list[float]]]) -> None:
         axes.plot(steps, parts[system]["left"], "-", color=colour, label=label)
         axes.plot(steps, parts[system]["constant"], "--", color=colour)
     axes.set(xlabel="steps", ylabel="nats", ylim=(0, None))
-    axes.set_title("mean |z_Δ − median| (lines), |median| (dashes)", loc="left", fontsize=12)
+    title = r"$|z_\Delta - \mathrm{median}|$ (lines) and |median| (dashes), means"
+    axes.set_title(title, loc="left", fontsize=12)
 
 
 def norm(rows: list[dict], parts: dict[str, dict[str, list[float]]]) -> "Figure":

@@ -159,6 +159,10 @@ def test_all_text_stands_on_the_picture_and_titles_near_their_axes(figure, name)
         lowest = min(axes.get_tightbbox().y0 for axes in picture.axes)
         assert box.y1 < lowest
 
+        for legend in picture.subfigs[0].legends:
+            box = legend.get_window_extent()
+            assert 0 <= box.x0 and box.x1 <= width
+
         for axes in picture.axes:
             title = axes._left_title.get_window_extent()
             if title.width == 0:
