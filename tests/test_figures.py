@@ -203,7 +203,6 @@ def test_pictures_are_drawn_again_from_a_folder(figure, run, tmp_path):
     assert made_now == ["findings.json", "table4.json", "table4.png"]
 
 
-@pytest.mark.skip(reason="the tables of the registered seeds are not made yet")
 @pytest.mark.parametrize("name", TABLES)
 def test_the_results_have_the_rows_of_their_tables(name):
     rows = json.loads((RESULTS / f"{name}.json").read_text())
