@@ -173,8 +173,8 @@ def test_everything_runs_through(tmp_path):
     results = json.loads((tmp_path / "findings.json").read_text())
     assert [row["claim"] for row in results] == [*range(1, 10)]
     assert {row["verdict"] for row in results} <= set(claims.VERDICTS)
-    for name in (*reproduce.TABLES, "table3"):
-        assert (
-            json.loads((tmp_path / f"{name}.json").read_text())
-            and (tmp_path / f"{name}.png").exists()
-        )
+    for name in figures.TITLES:
+        assert json.loads((tmp_path / f"{name}.json").read_text())
+        assert (tmp_path / f"{name}.png").exists()
+    parts = json.loads((tmp_path / "norm-parts.json").read_text())
+    assert parts.keys() == set(reproduce.NORM_STUDY) and parts["small"]["norm"]
