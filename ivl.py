@@ -147,10 +147,10 @@ class TwoHeadedLoss(torch.autograd.Function):
         with torch.autocast(device, enabled=False):  # each type is set by hand
             for chunk in rows.split(chunk_rows(V, device)):
                 h_v = h_value[chunk].to(dtype)  # (chunk, H_v)
-                z_delta = h_v @ W_v.T  # (chunk, V)
+                z_delta = F.linear(h_v, W_v)  # (chunk, V)
                 z_base = None
                 if h_base is not None:
-                    z_base = h_base[chunk].to(dtype) @ W_b.T  # (chunk, V)
+                    z_base = F.linear(h_base[chunk].to(dtype), W_b)  # (chunk, V)
                 sums += combine_loss(z_base, z_delta, targets[chunk], counted[chunk], w_ce, w_norm)
                 if trains:
                     dz = z_delta  # `combine_loss` has written it there

@@ -219,7 +219,7 @@ class Speaker:
         if args.antiexpert:
             self.antiexpert = load_model(args.antiexpert, value_device, dtype)
         if args.draft:
-            self.draft = load_model(args.draft, self.device, dtype)
+            self.draft = load_model(args.draft, self.device, dtype, network=network)
 
         models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
         self.context = min(model.config.max_position_embeddings for model in models)
@@ -805,8 +805,8 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--base_dtype",
         choices=["int8"],
-        help="round the base to eight bits: a quarter of float32's memory, half of bfloat16's, for "
-        "a little precision (default: it is in --dtype)",
+        help="round the base, and the draft, to eight bits: a quarter of float32's memory, half of "
+        "bfloat16's, for a little precision (default: they are in --dtype)",
     )
     add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
     return parser.parse_args(argv)

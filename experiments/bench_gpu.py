@@ -288,7 +288,7 @@ def speculative(job: Job) -> Iterator[Figures]:
     of_pair = decoder(pair.base, pair.value)
 
     def drafted() -> list[list[int | None]]:
-        pace = Noted(1.0, [], fixed=DRAFTED)
+        pace = Noted([1.0], [], fixed=DRAFTED)
         return list(generate(pair.base, draft, pair.value, [PROMPT], tokens, pace=pace))
 
     with coin(1.0):

@@ -2,6 +2,7 @@
 
     python experiments/bench.py speculative --base DIR --draft SMALL --value DIR --prompts FILE
     python experiments/bench.py speculative --shape 58m 24m 24m --share 0.8     # random weights
+    python experiments/bench.py speculative --base_dtype int8                   # base and draft
 
 All ways to decode take turns, greedily, over the same prompts: plain, with the number of drafted
 tokens adapted to what stands, and with fixed numbers of them. Models with random weights agree
@@ -25,7 +26,8 @@ import sample
 from experiments.bench_measure import seconds
 from experiments.bench_sides import PROMPT, check_pair, decoder, random_llama
 from extras import speculative
-from extras.speculative import Pace, leading, price_of
+from extras.int8 import rounded
+from extras.speculative import Pace, leading, prices
 from files import InputError, given, number, pick_dtype, whole
 from model import Llama, column_major
 
@@ -44,8 +46,10 @@ class Noted(Pace):
     fixed: always draft so many (None: as many as pay).
     """
 
-    def __init__(self, price: float, rounds: list[tuple[int, int]], fixed: int | None = None):
-        super().__init__(price)
+    def __init__(
+        self, prices: Sequence[float], rounds: list[tuple[int, int]], fixed: int | None = None
+    ):
+        super().__init__(prices)
         self.rounds = rounds
         self.fixed = fixed
 
@@ -137,7 +141,10 @@ def from_directories(args: argparse.Namespace) -> Trio:
         raise InputError(f"--{name} is for random weights; leave it out")
     models = {name: getattr(args, name) for name in ("base", "draft", "value")}
     words = [word for name, model in models.items() for word in (f"--{name}", str(model))]
-    speaker = sample.Speaker(sample.arguments([*words, "--device", str(args.device)]))
+    words += ["--device", str(args.device)]
+    if args.base_dtype:
+        words += ["--base_dtype", args.base_dtype]
+    speaker = sample.Speaker(sample.arguments(words))
     chats = sample.read_prompts(args.prompts)[: args.limit]
     prompts = [speaker.prompt(messages) for messages in chats]
     size = args.batch_size
@@ -165,6 +172,8 @@ def from_shapes(args: argparse.Namespace) -> Trio:
         check_pair(names[0], name)
     dtype = pick_dtype("auto", args.device)
     models = [random_llama(name, args.device, dtype, seed) for seed, name in enumerate(names)]
+    if args.base_dtype:
+        models[:2] = map(rounded, models[:2])
     if args.device.type == "cpu":
         for model in models:
             column_major(model)
@@ -184,13 +193,13 @@ def bench(args: argparse.Namespace) -> Iterator[list[dict]]:
     """Speculative decoding against plain decoding of the same pair, in tokens per second."""
     directories = given(args, *DIRECTORIES)
     trio = from_directories(args) if directories else from_shapes(args)
-    price = price_of(trio.base, trio.draft, trio.value)
+    of_rounds = prices(trio.base, trio.draft, trio.value, len(trio.batches[0]))
     rounds = {}
 
     def speculating(name: str, fixed: int | None) -> Callable:
         """A way to decode that notes its rounds under `name`."""
         rounds[name] = []
-        return lambda prompts: trio.drafted(prompts, pace=Noted(price, rounds[name], fixed))
+        return lambda prompts: trio.drafted(prompts, pace=Noted(of_rounds, rounds[name], fixed))
 
     ways = {"plain": trio.plain, "adapted": speculating("adapted", None)}
     for k in args.drafted:
@@ -228,7 +237,7 @@ def bench(args: argparse.Namespace) -> Iterator[list[dict]]:
             note += f"; {same} of {len(replies[name])} replies are the same"
         row = {
             "name": f"speculative, {name} / plain",
-            "shape": trio.names,
+            "shape": trio.names + (" int8" if args.base_dtype else ""),
             "tokens": args.tokens,
             "unit": "tokens/s",
             "ours": speed[name],
@@ -264,6 +273,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{' '.join(SHAPES['cuda'])})",
     )
     add("--share", type=number(0, 1), help="... of drafted tokens that stand (0.8)")
+    add("--base_dtype", choices=["int8"], help="of base and draft, as in sample.py")
     add("--drafted", nargs="*", type=whole(0, 64), default=LENGTHS, help="fixed numbers (1 2 4 8)")
     add("--tokens", type=whole(2, 10**6), default=128, help="new tokens at most (128)")
     add("--batch_size", type=whole(1, 10**4), default=1, help="prompts at a time (1)")

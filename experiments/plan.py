@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from extras.int8 import FEW
+from extras.int8 import FEW, PIECE
 from files import InputError
 from ivl import chunk_rows
 from model import Config, Llama, frozen_network
@@ -71,8 +71,8 @@ def size(config: Config) -> int:
 
 
 def made_floats(config: Config, network: type[Llama], tokens: int, batch: int) -> int:
-    """The bytes of the largest int8 matrix that is made bfloat16 for a product, one at a time,
-    where `batch` texts of so many tokens are read: see extras/int8.py.
+    """The bytes of the largest piece of an int8 matrix that is made bfloat16 for a product, where
+    `batch` texts of so many tokens are read: see extras/int8.py.
     """
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     widest = 0
@@ -80,7 +80,7 @@ def made_floats(config: Config, network: type[Llama], tokens: int, batch: int) -
         widest = max(2 * config.intermediate_size, heads)
     if network is not Llama and batch > FEW:  # logits are of the last tokens only
         widest = max(widest, config.vocab_size)
-    return 2 * config.hidden_size * widest
+    return 2 * min(PIECE["cuda"], config.hidden_size * widest)
 
 
 def split(config: Config, gpus: int) -> int:
@@ -210,7 +210,8 @@ def training(
     parts["activations"] = saved(value, checkpointing) * tokens * batch + LIBRARY
     parts["loss"] = sum(loss(base, value, tokens * batch).values())
     if network is not Llama:
-        parts["the base's unembedding in bfloat16"] = 2 * base.vocab_size * base.hidden_size
+        # read with the batch's tokens, and the unembedding with those of a chunk of the loss
+        parts["a piece of the base in bfloat16"] = made_floats(base, network, FEW + 1, FEW + 1)
     return parts
 
 

@@ -11,11 +11,11 @@ Why it multiplies as it does: on a CPU PyTorch's own product of bfloat16 rows wi
 `torch._weight_int8pack_mm`, beats float32 as long as reading the matrix is what takes the time, up
 to some 20 rows; its float32 form is several times slower than float32 itself, and so is torchao
 0.18, one call on `nn.Linear`, for one row, where nothing is compiled. For more rows, in prompts and
-in training, the matrix is made floats again, one matrix at a time, which costs little beside the
-product. On CUDA PyTorch's kernel takes float32 rows, and has a thread for each number of the result
-that reads a row of the matrix alone: there a short kernel of our own takes its place. PyTorch's
-compiler, in 2.13, fails at PyTorch's product: so --compile is refused beside --base_dtype. What
-comes of it all:
+in training, the matrix is made floats again, a piece of it at a time: on a CPU one that stays in
+the cache is made sooner than floats are read from memory, and no whole matrix of floats exists. On
+CUDA PyTorch's kernel takes float32 rows, and has a thread for each number of the result that reads
+a row of the matrix alone: there a short kernel of our own takes its place. PyTorch's compiler, in
+2.13, fails at PyTorch's product: so --compile is refused beside --base_dtype. What comes of it all:
 
     python experiments/bench.py decode --shape 58m 24m --peers int8
     python experiments/bench.py train-step --shape 58m 24m --peers int8
@@ -43,6 +43,7 @@ except ImportError:
 STEPS = 127  # a row's largest weight, up or down
 SMALLEST = 1e-30  # scale, so that a row of zeros has one
 FEW = 16  # rows: up to so many are multiplied by the int8 numbers as they are
+PIECE = {"cpu": 2**20, "cuda": 2**25}  # weights that are made floats at a time, for more rows
 TAKEN = 16  # columns, which PyTorch's product on a CPU takes at a time, past the end of a row too
 ROWS, COLUMNS = 4, 1024  # of a matrix, that a program of the kernel reads at a time
 
@@ -62,7 +63,7 @@ class Matrix:
     >>> matrix.copy_(torch.tensor([[63.5, -20.2, 0.1]]))
     >>> matrix.rounded, matrix.scale
     (tensor([[127, -40,   0]], dtype=torch.int8), tensor([0.5000]))
-    >>> matrix.to(torch.float32)
+    >>> matrix.floats(torch.float32)
     tensor([[ 63.5000, -20.0000,   0.0000]])
     """
 
@@ -103,6 +104,10 @@ class Matrix:
     def detach(self) -> "Matrix":
         return self  # it never has a gradient
 
+    def to(self, dtype: torch.dtype) -> "Matrix":
+        """The same for another arithmetic."""
+        return Matrix(self.rounded, self.scale.to(dtype))
+
     def to_local(self) -> "Matrix":
         """This rank's rows."""
         return Matrix(self.rounded.to_local(), self.scale.to_local())
@@ -129,7 +134,7 @@ class Matrix:
         self.scale[rows] = scale.to(self.dtype)
         self.rounded[rows] = (W / scale.float()[..., None]).round_().to(torch.int8)
 
-    def to(self, dtype: torch.dtype) -> Tensor:
+    def floats(self, dtype: torch.dtype) -> Tensor:
         """W again, but for the rounding."""
         return self.rounded.to(dtype).mul_(self.scale.to(dtype)[..., None])
 
@@ -152,7 +157,11 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
         rows, scale = rows.bfloat16().contiguous(), matrix.scale.bfloat16()
         y = torch._weight_int8pack_mm(rows, matrix.rounded, scale).to(x.dtype)
     else:
-        y = F.linear(rows, matrix.to(x.dtype))
+        y = rows.new_empty(len(rows), n)
+        size = max(1, PIECE.get(x.device.type, PIECE["cuda"]) // m)  # in rows of the matrix
+        for start in range(0, n, size):
+            piece = matrix[start : start + size].floats(x.dtype)
+            torch.mm(rows, piece.t(), out=y[:, start : start + size])
     return y.view(*x.shape[:-1], n)
 
 
@@ -230,7 +239,7 @@ class Int8Linear(Int8):
 class Int8Embedding(Int8):
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) → (..., m)."""
-        return self.weight[ids].to(self.scale.dtype)
+        return self.weight[ids].floats(self.scale.dtype)
 
 
 class Int8Llama(Llama):

@@ -25,21 +25,21 @@ logits; value models that read what a base says, since then z_Δ is another besi
 Shapes: B batch, V vocabulary, k drafted tokens.
 """
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from extras.int8 import FEW, Matrix
 from ivl import combine, draw, padded, probabilities
 from model import Llama
 
 LONGEST = 16  # tokens that are drafted at most
 FIRST_GUESS = 0.7  # of the share that stands; it counts like one drafted token that was seen
 MEMORY = 0.98  # how much of what was seen still counts a round later
-# what reading costs: a layer, besides its weights, the time of so many more; the weights, for each
-# token but the first that is read at once, so much of their time again
-LAYER = {"cpu": 7e5, "cuda": 5e7}
-TOGETHER = {"cpu": 0.4, "cuda": 0.0}
+# a layer costs, besides reading its weights, the time of so many more
+LAYER = {"cpu": 1.2e6, "cuda": 5e7}
 
 
 # ---------------------------------------------------------------- how many to draft
@@ -48,47 +48,68 @@ TOGETHER = {"cpu": 0.4, "cuda": 0.0}
 def speedup(share: float, k: int, price: float) -> float:
     """How many times faster than plain decoding k drafted tokens a round are (Theorem 3.8 there).
 
-    share: of the drafted tokens that are looked at, those that stand, β. price: of a drafted token,
-    where a step of plain decoding costs 1.
+    share: of the drafted tokens that are looked at, those that stand, β. price: of the round, where
+    a step of plain decoding costs 1.
 
     Example: half of them stand, and two cost half a step: 1 + ½ + ¼ tokens in the time of 1.5
-    >>> speedup(0.5, 2, 0.25)
+    >>> speedup(0.5, 2, 1.5)
     1.1666666666666667
     """
     tokens = sum(share**i for i in range(k + 1))
-    return tokens / (1 + k * price)
+    return tokens / price
 
 
-def cost(model: Llama, tokens: int = 1) -> float:
-    """What it costs to read so many tokens at once: as much as it takes to read so many weights."""
+def product(rows: int, kind: str, bits: int) -> float:
+    """What a product of so many rows with a matrix costs; 1: to read the matrix as floats.
+
+    On a GPU reading is all. On a CPU a product of two float rows takes twice as long as one of one;
+    from three rows on PyTorch lays the matrix out anew, and more rows cost little. Eight bits are
+    multiplied by four rows at a time, and are made floats for many, see int8.py.
+    """
+    many = rows > FEW
+    if kind != "cpu":
+        return 1.0 if bits > 8 else 2.5 if many else 0.5
+    as_floats = min(rows, 3) + 0.1 * rows
+    if bits > 8:
+        return as_floats
+    return as_floats if many else 0.25 + 0.35 * math.ceil(rows / 4)
+
+
+def cost(model: Llama, rows: int) -> float:
+    """What it costs to read so many tokens at once, those of all rows of a batch: the time of
+    reading so many weights as floats.
+    """
     kind = model.unembed.device.type
-    layer = LAYER.get(kind, LAYER["cuda"])
-    together = TOGETHER.get(kind, TOGETHER["cuda"])
     total = 0.0
     for part in getattr(model, "models", [model]):  # those of a `Proxy` are two
         weights = part.unembed.numel() + sum(p.numel() for p in part.blocks.parameters())
-        total += layer * len(part.blocks) + weights * (1 + together * (tokens - 1))
+        bits = 8 if isinstance(part.unembed, Matrix) else 16
+        total += LAYER.get(kind, LAYER["cuda"]) * len(part.blocks)
+        total += weights * product(rows, kind, bits)
     return total
 
 
-def price_of(base: Llama, draft: Llama, value: Llama) -> float:
-    """What a drafted token costs, where a step of plain decoding costs 1.
+def prices(base: Llama, draft: Llama, value: Llama, B: int) -> list[float]:
+    """What a round with 0, 1, 2, ... drafted tokens costs, where a step of plain decoding costs 1.
 
     An estimate from the models' sizes and not from a clock: the same seed is to give the same
     tokens, and these depend on how many were drafted.
     """
-    to_verify = cost(base, tokens=2) - cost(base)
-    return (cost(draft) + cost(value) + to_verify) / (cost(base) + cost(value))
+    plain = cost(base, B) + cost(value, B)
+    drafting = cost(draft, B) + cost(value, B)
+    rounds = [k * drafting + cost(base, (k + 1) * B) + cost(value, B) for k in range(LONGEST + 1)]
+    return [total / plain for total in rounds]
 
 
 class Pace:
-    """How many tokens to draft in the next round, from their price and from how many have stood.
+    """How many tokens to draft in the next round, from its price and from how many have stood.
 
     It is the k with the best `speedup`: many where most stand, none where few do. What was seen is
     forgotten by and by, so after rounds without a draft one is tried again.
+    prices: of rounds with 0, 1, 2, ... drafted tokens, see `prices`.
 
     Example: a drafted token costs a third of a step; two rows reject their first one; much later
-    >>> pace = Pace(price=1 / 3)
+    >>> pace = Pace([1, 4 / 3, 5 / 3, 2])
     >>> pace.length()
     2
     >>> pace.seen(2, [0, 0])
@@ -100,18 +121,14 @@ class Pace:
     1
     """
 
-    def __init__(self, price: float):
-        self.price = price
+    def __init__(self, prices: Sequence[float]):
+        self.prices = prices
         self.looked_at = 1.0
         self.stood = FIRST_GUESS
 
     def length(self) -> int:
         share = self.stood / self.looked_at
-        k = 0
-        # from some k on it only falls
-        while k < LONGEST and speedup(share, k + 1, self.price) > speedup(share, k, self.price):
-            k += 1
-        return k
+        return max(range(len(self.prices)), key=lambda k: speedup(share, k, self.prices[k]))
 
     def seen(self, k: int, stood: Sequence[int]) -> None:
         """A round of k drafted tokens in each row, of which so many have stood."""
@@ -260,7 +277,7 @@ def generate(
     The tokens are the same where they are not drawn; else they have the same distribution, but a
     seed stands for other ones than there. It yields what `ivl.generate` yields, several steps at
     a time. All models have the words that can be said.
-    never: ids that are not chosen. pace: how many tokens to draft (default: `Pace` by `price_of`).
+    never: ids that are not chosen. pace: how many tokens to draft (default: `Pace` by `prices`).
     """
     # 1) readers, and where each text ends at the latest
     context = min(model.config.max_position_embeddings for model in (base, value))
@@ -273,7 +290,7 @@ def generate(
     device = base.unembed.device
     generator = torch.Generator(device).manual_seed(seed)
     never = torch.tensor(never, dtype=torch.long, device=device)
-    pace = pace or Pace(price_of(base, draft, value))
+    pace = pace or Pace(prices(base, draft, value, B))
 
     def post(z: Tensor, z_delta: Tensor) -> Tensor:
         """z_post of the words that can be said, as what is chosen from: logits or probabilities."""
