@@ -70,17 +70,15 @@ def size(config: Config) -> int:
     return weights(config, Llama) // 2
 
 
-def made_floats(config: Config, network: type[Llama], tokens: int, batch: int) -> int:
-    """The bytes of the largest piece of an int8 matrix that is made bfloat16 for a product, where
-    `batch` texts of so many tokens are read: see extras/int8.py.
+def made_floats(config: Config, network: type[Llama], rows: int, matrix: str) -> int:
+    """The bytes of what is made bfloat16 of an int8 matrix at a time, to multiply it by so many
+    rows: of the largest "in a layer", or of the "unembedding"; see extras/int8.py.
     """
+    if network is Llama or rows <= FEW:
+        return 0
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    widest = 0
-    if network is not Llama and tokens * batch > FEW:
-        widest = max(2 * config.intermediate_size, heads)
-    if network is not Llama and batch > FEW:  # logits are of the last tokens only
-        widest = max(widest, config.vocab_size)
-    return 2 * min(PIECE["cuda"], config.hidden_size * widest)
+    n = {"in a layer": max(2 * config.intermediate_size, heads), "unembedding": config.vocab_size}
+    return 2 * min(PIECE["cuda"], n[matrix] * config.hidden_size)
 
 
 def split(config: Config, gpus: int) -> int:
@@ -122,11 +120,13 @@ def decoding(
         widest = max(widest, 3 * config.hidden_size + max(mlp, attention) / pieces)
     parts["key-value caches"] = caches
 
-    # z_base, z_Δ, z_post, probabilities; every GPU draws the whole noise
+    # then z_base, z_Δ, z_post, probabilities; every GPU draws the whole noise
     V = max(config.vocab_size for config in models.values())
-    logits = 4 * batch * V * (1 + 4 / gpus)
-    floats = made_floats(base, network, tokens, batch) / split(base, gpus)
-    parts["activations"] = 2 * widest * tokens * batch + logits + floats + LIBRARY
+    z = 4 * batch * V
+    in_a_layer = made_floats(base, network, tokens * batch, "in a layer") / split(base, gpus)
+    unembedding = made_floats(base, network, batch, "unembedding") / split(base, gpus)
+    reading = 2 * widest * tokens * batch + in_a_layer + z * (1 + 4 / gpus)
+    parts["activations"] = max(reading, unembedding + 2 * z) + LIBRARY
     return parts
 
 
@@ -210,8 +210,9 @@ def training(
     parts["activations"] = saved(value, checkpointing) * tokens * batch + LIBRARY
     parts["loss"] = sum(loss(base, value, tokens * batch).values())
     if network is not Llama:
-        # read with the batch's tokens, and the unembedding with those of a chunk of the loss
-        parts["a piece of the base in bfloat16"] = made_floats(base, network, FEW + 1, FEW + 1)
+        matrices = "in a layer", "unembedding"
+        floats = max(made_floats(base, network, tokens * batch, each) for each in matrices)
+        parts["a piece of the base in bfloat16"] = floats
     return parts
 
 
