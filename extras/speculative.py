@@ -40,6 +40,7 @@ FIRST_GUESS = 0.7  # of the share that stands; it counts like one drafted token 
 MEMORY = 0.98  # how much of what was seen still counts a round later
 # a layer costs, besides reading its weights, the time of so many more
 LAYER = {"cpu": 1.2e6, "cuda": 5e7}
+ROUND = 1.1  # what a round takes, over what its reading takes
 
 
 # ---------------------------------------------------------------- how many to draft
@@ -72,7 +73,7 @@ def product(rows: int, kind: str, bits: int) -> float:
     as_floats = min(rows, 3) + 0.1 * rows
     if bits > 8:
         return as_floats
-    return as_floats if many else 0.25 + 0.35 * math.ceil(rows / 4)
+    return as_floats if many else 0.25 + 0.3 * math.ceil(rows / 4) + 0.05 * rows
 
 
 def cost(model: Llama, rows: int) -> float:
@@ -97,8 +98,11 @@ def prices(base: Llama, draft: Llama, value: Llama, B: int) -> list[float]:
     """
     plain = cost(base, B) + cost(value, B)
     drafting = cost(draft, B) + cost(value, B)
-    rounds = [k * drafting + cost(base, (k + 1) * B) + cost(value, B) for k in range(LONGEST + 1)]
-    return [total / plain for total in rounds]
+    rounds = [
+        ROUND * (k * drafting + cost(base, (k + 1) * B) + cost(value, B)) / plain
+        for k in range(1, LONGEST + 1)
+    ]
+    return [1.0, *rounds]
 
 
 class Pace:
