@@ -69,7 +69,9 @@ def product(rows: int, kind: str, bits: int) -> float:
     """
     many = rows > FEW
     if kind != "cpu":
-        return 1.0 if bits > 8 else 2.5 if many else 0.5
+        if bits > 8:
+            return 1.0
+        return 2.5 if many else 0.5
     as_floats = min(rows, 3) + 0.1 * rows
     if bits > 8:
         return as_floats
