@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import InputError
 from model import Llama
+from plumbing.files import InputError
 
 try:
     import triton

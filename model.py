@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from files import (
+from plumbing.files import (
     FLAG,
     TABLE,
     TEXT,

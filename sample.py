@@ -29,9 +29,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from chats import SUFFIXES, read_chats
-from data import TEMPLATES, TextStream, Tokenizer
-from files import (
+from ivl import choose, generate, never, shared_vocabulary
+from model import Config, Llama, column_major, frozen_network, load, plain, recorded_connection
+from plumbing.chats import SUFFIXES, read_chats
+from plumbing.files import (
     SEED,
     InputError,
     Parser,
@@ -54,8 +55,7 @@ from files import (
     writable_file,
     write_text,
 )
-from ivl import choose, generate, never, shared_vocabulary
-from model import Config, Llama, column_major, frozen_network, load, plain, recorded_connection
+from plumbing.tokenizer import TEMPLATES, TextStream, Tokenizer
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")

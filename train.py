@@ -33,9 +33,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from chats import Reading, read_chats
-from data import TEMPLATES, Batch, Chats, Tokenizer, epoch_batches, tokenize
-from files import (
+from ivl import shared_vocabulary, two_headed_loss
+from model import (
+    CONNECTIONS,
+    Config,
+    Llama,
+    fingerprint,
+    frozen_network,
+    load,
+    plain,
+    recorded_connection,
+    replacing_model,
+    save,
+)
+from plumbing.chats import Reading, read_chats
+from plumbing.dataset import Batch, Chats, epoch_batches, tokenize
+from plumbing.files import (
     SEED,
     TABLE,
     TEXT,
@@ -62,19 +75,7 @@ from files import (
     write_text,
     writing,
 )
-from ivl import shared_vocabulary, two_headed_loss
-from model import (
-    CONNECTIONS,
-    Config,
-    Llama,
-    fingerprint,
-    frozen_network,
-    load,
-    plain,
-    recorded_connection,
-    replacing_model,
-    save,
-)
+from plumbing.tokenizer import TEMPLATES, Tokenizer
 
 BILLION = 10**9
 COUNT = whole(1, 10**9)

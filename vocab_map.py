@@ -38,8 +38,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Tokenizer
-from files import (
+from plumbing.files import (
     InputError,
     Parser,
     command,
@@ -54,6 +53,7 @@ from files import (
     writable_file,
     write_text,
 )
+from plumbing.tokenizer import Tokenizer
 
 FORMAT = "ivl vocabulary map 1"
 METHODS = ["bytes", "paper"]

@@ -30,7 +30,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import vocab_map
-from data import Tokenizer
 from experiments import bench_gpu, bench_speculative, plan
 from experiments.bench_measure import (
     Kernel,
@@ -57,7 +56,8 @@ from experiments.bench_sides import (
     step_flop,
     step_variants,
 )
-from files import InputError, command, pick_device, pick_dtype, read_texts, write_text
+from plumbing.files import InputError, command, pick_device, pick_dtype, read_texts, write_text
+from plumbing.tokenizer import Tokenizer
 from vocab_map import Spelling
 
 

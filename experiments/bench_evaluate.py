@@ -24,11 +24,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample
-from data import Tokenizer
 from extras import harness
 from extras.evaluate import Examinee
-from files import InputError, Parser, command, model_directory, whole
 from model import Config, Llama, save
+from plumbing.files import InputError, Parser, command, model_directory, whole
+from plumbing.tokenizer import Tokenizer
 
 TASKS = (
     "ifeval gsm8k humaneval truthfulqa_mc2 mmlu_astronomy mmlu_global_facts "

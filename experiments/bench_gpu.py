@@ -55,8 +55,16 @@ from experiments.bench_sides import (
 )
 from experiments.bench_speculative import Noted, coin
 from extras.speculative import generate
-from files import TABLE, InputError, command, pick_device, pick_dtype, read_json, write_text
 from model import Llama, column_major
+from plumbing.files import (
+    TABLE,
+    InputError,
+    command,
+    pick_device,
+    pick_dtype,
+    read_json,
+    write_text,
+)
 
 MINUTES = 8.8  # for all parts together
 TESTS = ("tests/test_graphs.py", "tests/test_ivl.py", "tests/test_kernels.py")

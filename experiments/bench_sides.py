@@ -15,9 +15,9 @@ import train
 from experiments import plan
 from experiments.bench_measure import Kernel, kernels, matmul_rate
 from extras.int8 import rounded
-from files import InputError, pick_dtype
 from ivl import combine, generate, loss_sums, two_headed_loss
 from model import Config, Llama, column_major, hf_shape, hf_views, inverse_frequencies
+from plumbing.files import InputError, pick_dtype
 
 SHAPES = {  # with room for 8192 positions
     "toy-small": Config(1536, 64, 128, 2, 2, 2, 32, 8192, tie_word_embeddings=True),

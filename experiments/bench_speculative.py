@@ -28,8 +28,8 @@ from experiments.bench_sides import PROMPT, check_pair, decoder, random_llama
 from extras import speculative
 from extras.int8 import rounded
 from extras.speculative import Pace, leading, prices
-from files import InputError, given, number, pick_dtype, whole
 from model import Llama, column_major
+from plumbing.files import InputError, given, number, pick_dtype, whole
 
 SHAPES = {
     "cpu": ("58m", "24m", "24m"),

@@ -28,7 +28,7 @@ from functools import cache
 from pathlib import Path
 
 from extras.benchmarks import COLUMNS, paper_rows
-from files import LIST, InputError, read_json, write_text
+from plumbing.files import LIST, InputError, read_json, write_text
 
 TIE = 0.02  # of the larger number: 4.62 and 4.65 of MT-Bench are level, 4.74 is above 4.62
 LEVEL = 0.05  # of all questions: 15 of 300

@@ -24,7 +24,7 @@ import sample
 from experiments import bench_measure
 from experiments.bench_sides import PROMPT
 from extras.benchmarks import LENGTHS
-from files import (
+from plumbing.files import (
     InputError,
     Parser,
     command,

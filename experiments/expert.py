@@ -9,10 +9,11 @@ replies in the form asked for is kept.
 
 from collections.abc import Sequence
 
-from chats import Chat
-from data import Chats, Tokenizer
 from experiments import family, toy
 from model import Llama
+from plumbing.chats import Chat
+from plumbing.dataset import Chats
+from plumbing.tokenizer import Tokenizer
 
 # a tenth is held out: so many demonstrations are asked after each epoch. The learning rate was
 # chosen on a family from another seed, by form and few-shot of the expert itself

@@ -24,13 +24,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from chats import read_chats
-from data import Tokenizer
 from experiments import family, reproduce, toy
 from extras import explain
 from extras.connections import Probe, connected
-from files import SEED, InputError, Parser, command
 from model import Llama, load
+from plumbing.chats import read_chats
+from plumbing.files import SEED, InputError, Parser, command
+from plumbing.tokenizer import Tokenizer
 
 KINDS = ("right", "wrong fact", "off task", "no form")
 

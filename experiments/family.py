@@ -33,11 +33,11 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer as Backend
 
-from chats import read_chats
-from data import Tokenizer
 from experiments import toy
-from files import LIST, TABLE, InputError, read_json, writable_folder, write_text
 from model import Llama, load
+from plumbing.chats import read_chats
+from plumbing.files import LIST, TABLE, InputError, read_json, writable_folder, write_text
+from plumbing.tokenizer import Tokenizer
 
 SCORES = ("form", "right", "skill", "few-shot", "new")
 # hidden, layers, learning rate, tokens read, share of the facts told;

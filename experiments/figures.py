@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from files import LIST, InputError, Parser, command, read_json, replacing
+from plumbing.files import LIST, InputError, Parser, command, read_json, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

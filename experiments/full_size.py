@@ -21,7 +21,7 @@ from pathlib import Path
 from experiments import plan
 from extras import benchmarks
 from extras.benchmarks import BENCHMARKS, COLUMNS, MT_BENCH
-from files import TABLE, TEXT, Field, InputError, fields_of, number, read_json, write_text
+from plumbing.files import TABLE, TEXT, Field, InputError, fields_of, number, read_json, write_text
 
 OUT = Path("out/full_size")
 

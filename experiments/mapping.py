@@ -26,12 +26,12 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from chats import read_chats
-from data import Tokenizer
 from experiments import toy
 from extras.mapped import FLOOR, PAPERS_WAY, Mapped, retention
-from files import TABLE, InputError, command, read_json, read_texts, write_text
 from model import Llama, load
+from plumbing.chats import read_chats
+from plumbing.files import TABLE, InputError, command, read_json, read_texts, write_text
+from plumbing.tokenizer import Tokenizer
 from vocab_map import Spelling, VocabMap, overlap, spell
 
 METHODS = {"bytes": "ours", "paper": "Algorithm 1"}

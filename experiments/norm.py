@@ -25,10 +25,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Batch, Chats
 from extras.losses import logits
 from ivl import loss_sums
 from model import Llama
+from plumbing.dataset import Batch, Chats
 from train import forward, read_log
 
 WARMED = 0.5  # share of the steps over which λ grows

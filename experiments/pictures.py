@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from files import replacing
+from plumbing.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

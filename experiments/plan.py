@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from extras.int8 import FEW, PIECE
-from files import InputError
 from ivl import chunk_rows
 from model import Config, Llama, frozen_network
+from plumbing.files import InputError
 
 GIB = 2**30
 FREE = 0.1  # of a GPU, for what is not counted here

@@ -46,8 +46,6 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from chats import read_chats
-from data import Tokenizer, tokenize
 from experiments import (
     bench_measure,
     bench_sides,
@@ -63,7 +61,11 @@ from experiments.family import SCORES
 from extras.connections import Connected, Probe, connected
 from extras.mapped import Mapped
 from extras.proxy import Proxy
-from files import (
+from ivl import generate
+from model import Config, Llama, column_major, frozen_network, load, recorded_connection
+from plumbing.chats import read_chats
+from plumbing.dataset import tokenize
+from plumbing.files import (
     LIST,
     SEED,
     TABLE,
@@ -77,8 +79,7 @@ from files import (
     whole,
     write_text,
 )
-from ivl import generate
-from model import Config, Llama, column_major, frozen_network, load, recorded_connection
+from plumbing.tokenizer import Tokenizer
 from train import Curriculum, Settings, save_model, split, train
 from vocab_map import VocabMap
 

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from data import Tokenizer
 from experiments import family, reproduce
 from experiments.reproduce import family_of, make_bases, spread, trained
 from extras.int8 import rounded
-from files import (
+from ivl import generate
+from model import Llama, load
+from plumbing.files import (
     LIST,
     SEED,
     InputError,
@@ -41,8 +42,7 @@ from files import (
     whole,
     write_text,
 )
-from ivl import generate
-from model import Llama, load
+from plumbing.tokenizer import Tokenizer
 
 SCORES = ("right", "form")
 # a value model's recipe, see reproduce.py, and whether the large base is in eight bits

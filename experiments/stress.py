@@ -54,13 +54,13 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import make_directory
 
-import data
-import files
 import model
 import sample
 import train
 import vocab_map
-from files import InputError, write_text
+from plumbing import dataset, files
+from plumbing.files import InputError, write_text
+from plumbing.tokenizer import TEMPLATES
 
 HANG = 10  # seconds for a command of a mutation
 PATIENCE = 120  # seconds for a training
@@ -130,7 +130,7 @@ class Child:
             sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8")
             sys.stderr = sys.__stderr__ = open(2, "w", encoding="utf-8", errors="backslashreplace")
 
-            data.CACHE = cache
+            dataset.CACHE = cache
             sys.argv = [f"{main.__module__}.py", *argv]
             files.command(main)
             status = 0
@@ -227,7 +227,7 @@ def make_world(folder: Path) -> None:
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     make_directory(folder / "value", seed=2, **small)
     make_directory(folder / "other", seed=3, bytelevel=True, **small)
-    write_text(folder / "value" / "chat_template.jinja", data.TEMPLATES["plain"])
+    write_text(folder / "value" / "chat_template.jinja", TEMPLATES["plain"])
     write_text(folder / "value" / "generation_config.json", '{"eos_token_id": [2]}')
 
     chats, worse, prompts = [], [], []

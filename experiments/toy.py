@@ -41,10 +41,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
-from chats import read_chats
-from data import TEMPLATES, Tokenizer
 from extras.connections import Connected, connected
-from files import (
+from model import Config, Llama, frozen_network, load, recorded_connection, save
+from plumbing.chats import read_chats
+from plumbing.files import (
     SEED,
     TEXT,
     Field,
@@ -59,7 +59,7 @@ from files import (
     read_text,
     write_text,
 )
-from model import Config, Llama, frozen_network, load, recorded_connection, save
+from plumbing.tokenizer import TEMPLATES, Tokenizer
 
 OUT = Path("out/toy")
 MARKS = ("family.json", "small", "large")  # by which a family's folder is known

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments import claims
-from files import LIST, TABLE, InputError, Parser, command, read_json, replacing
+from plumbing.files import LIST, TABLE, InputError, Parser, command, read_json, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

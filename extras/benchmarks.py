@@ -13,7 +13,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
-from files import (
+from plumbing.files import (
     TABLE,
     TEXT,
     Field,

@@ -29,7 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from files import (
+from ivl import chunk_rows
+from model import SHAPE, Config, KVCache, Llama, Reader, check_weight
+from plumbing.files import (
     TABLE,
     Field,
     InputError,
@@ -41,8 +43,6 @@ from files import (
     whole,
     write_text,
 )
-from ivl import chunk_rows
-from model import SHAPE, Config, KVCache, Llama, Reader, check_weight
 
 MODEL_TYPE = "ivl-probe"  # in a probe's config.json: nobody is to take it for a Llama
 

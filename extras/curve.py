@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from files import replacing
+from plumbing.files import replacing
 
 BASE, VALUE, GREY = "#0072b2", "#c44e00", "#999999"  # told apart by colour-blind eyes as well
 SCORES = {"form": "#005f3c", "right": "#96305f"}

@@ -40,11 +40,11 @@ from pathlib import Path
 import torch
 
 import sample
-from data import Tokenizer
 from extras import mt_bench, sandbox
 from extras.benchmarks import BENCHMARKS, COLUMNS, MT_BENCH, Benchmark, beside
 from extras.likelihood import Likelihood, Question, log_likelihoods
-from files import (
+from model import Config, Llama, fingerprint, recorded_connection
+from plumbing.files import (
     TABLE,
     InputError,
     Parser,
@@ -61,7 +61,7 @@ from files import (
     whole,
     write_text,
 )
-from model import Config, Llama, fingerprint, recorded_connection
+from plumbing.tokenizer import Tokenizer
 
 try:
     from extras import harness

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import Tokenizer
-from files import visible
 from ivl import combine
 from model import Llama
+from plumbing.files import visible
+from plumbing.tokenizer import Tokenizer
 from vocab_map import token_bytes
 
 STRONG = 8.0  # nats from which a colour is as strong as it gets

@@ -33,11 +33,11 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 from tqdm import tqdm
 
-from data import Refused, unmarked
 from extras.benchmarks import local_rows, toxic_prompts
 from extras.likelihood import Question
 from extras.sandbox import CodeEval
-from files import LIST, TABLE, TEXT, InputError, parse_json, whole_lines
+from plumbing.files import LIST, TABLE, TEXT, InputError, parse_json, whole_lines
+from plumbing.tokenizer import Refused, unmarked
 from sample import GrowingReply, Speaker
 
 # the harness's own words and bars: only what went wrong, and nothing where nobody watches

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Batch, Chats
-from files import InputError
 from ivl import combine, norm_term
 from model import Llama
+from plumbing.dataset import Batch, Chats
+from plumbing.files import InputError
 
 BETA = 0.1  # β of the pairwise loss, DPO's
 

@@ -46,9 +46,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files import InputError
 from ivl import padded
 from model import Config, Llama
+from plumbing.files import InputError
 from vocab_map import VocabMap
 
 PAPERS_WAY = dict(canonical=False, step_back=False, linear=True)

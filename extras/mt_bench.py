@@ -26,7 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import sample
-from files import (
+from plumbing.files import (
     TABLE,
     TEXT,
     Field,

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import Tokenizer
 from extras.explain import STRONG, Said, texts
-from files import read_text, visible
+from plumbing.files import read_text, visible
+from plumbing.tokenizer import Tokenizer
 from vocab_map import token_bytes
 
 TEMPLATE = Path(__file__).with_name("page.html")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-from data import Chats
-from files import InputError, peak_memory
+from plumbing.dataset import Chats
+from plumbing.files import InputError, peak_memory
 
 FLOAT = 4  # bytes of a trained weight, and of each of the optimizer's two numbers beside it
 

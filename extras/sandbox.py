@@ -75,7 +75,7 @@ class CodeEval:
         `references` has a test for each problem, `predictions` its programs. Raises InputError
         where a problem has fewer programs than the largest k.
         """
-        from files import InputError
+        from plumbing.files import InputError
 
         fewest = min((len(programs) for programs in predictions), default=0)
         if len(references) != len(predictions) or fewest < max(k):
@@ -152,7 +152,7 @@ def isolation() -> str:
 @functools.cache
 def wall() -> str:
     """The best of WALLS that this machine allows, tried out. Raises InputError if none does."""
-    from files import InputError
+    from plumbing.files import InputError
 
     if sys.platform == "win32":
         raise InputError("programs cannot be run apart on Windows; use Linux (WSL) or macOS")
@@ -164,7 +164,7 @@ def wall() -> str:
 
 def run_behind(wall: str, program: str, test: str, seconds: float, memory: int) -> str:
     """`run`, with a wall of that name."""
-    from files import visible
+    from plumbing.files import visible
 
     orders = dict(wall=wall, program=program, test=test, seconds=seconds, memory=memory)
     folder = tempfile.mkdtemp(prefix="ivl-")

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import sample
-from files import (
+from plumbing.files import (
     FLAG,
     LIST,
     SEED,

@@ -30,8 +30,6 @@ import torch.nn as nn
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-import files
-from files import InputError
 from ivl import choose
 from model import (
     Config,
@@ -43,6 +41,8 @@ from model import (
     stored_tensors,
 )
 from model import save as save_llama
+from plumbing import files
+from plumbing.files import InputError
 
 # ---------------------------------------------------------------- ranks
 

@@ -8,8 +8,9 @@ tokens are told from texts that look like them.
 
 import sys
 
-from data import Chats, Tokenizer
-from files import visible
+from plumbing.dataset import Chats
+from plumbing.files import visible
+from plumbing.tokenizer import Tokenizer
 
 TARGET, SPECIAL, PLAIN = "\033[32m", "\033[7m", "\033[0m"
 

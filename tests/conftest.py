@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+# tests are many small products: one thread is seven times faster than two; subprocesses inherit it
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -20,9 +23,9 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import data
-import files
 from model import Config, Llama, save
+from plumbing import files
+from plumbing.tokenizer import TEMPLATES
 
 REALDATA = os.environ.get("IVL_REALDATA", str(ROOT.parent / "shared" / "realdata"))  # "": none
 TEXT = (
@@ -80,7 +83,7 @@ def make_directory(
     (path / "tokenizer.json").write_text(json.dumps(raw))
     settings = {"bos_token": "<s>", "eos_token": "</s>"}
     if template:
-        settings["chat_template"] = data.TEMPLATES[template]
+        settings["chat_template"] = TEMPLATES[template]
     (path / "tokenizer_config.json").write_text(json.dumps(settings))
     shape = dict(
         vocab_size=backend.get_vocab_size(),
@@ -194,7 +197,7 @@ def run(monkeypatch, capfd):
 @pytest.fixture(name="models")
 def own_models(base_dir, value_dir, tmp_path, monkeypatch) -> dict:
     """Models of this test alone, to be damaged."""
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("plumbing.dataset.CACHE", tmp_path / "cache")
     shutil.copytree(base_dir, tmp_path / "base")
     shutil.copytree(value_dir, tmp_path / "value")
     return {"base": tmp_path / "base", "value": tmp_path / "value"}

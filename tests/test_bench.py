@@ -18,8 +18,8 @@ import ivl
 from experiments import bench, bench_gpu, bench_measure, bench_sides, bench_speculative, plan
 from experiments.bench_measure import CPU, Kernel
 from extras import speculative
-from files import InputError
 from model import Config, Llama, column_major
+from plumbing.files import InputError
 
 TOYS = ("toy-large", "toy-small")
 TINY = Config(2000, 64, 96, 2, 2, 2, 32, 64), Config(2000, 128, 96, 2, 2, 2, 32, 64)

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import claims, reproduce
 from experiments.claims import ABOVE, BELOW, FAR_BELOW, LEVEL_WITH, Cell, Direction
-from files import InputError
+from plumbing.files import InputError
 
 COSTS = [f"seconds {n}" for n in reproduce.LENGTHS]
 DIRECTIONS = [

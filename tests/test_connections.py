@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from conftest import assert_refused
 
 import ivl
-from data import TextStream, Tokenizer
 from extras import connections
 from extras.connections import Probe, connected, value_input
 from extras.proxy import Proxy
-from files import InputError
 from model import CONNECTIONS, load, recorded_connection
+from plumbing.files import InputError
+from plumbing.tokenizer import TextStream, Tokenizer
 from vocab_map import VocabMap
 
 PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]

@@ -7,9 +7,10 @@ import pytest
 import torch
 from conftest import make_directory
 
-import data
-from chats import Chat, read_chats
-from files import InputError
+from plumbing.chats import Chat, read_chats
+from plumbing.dataset import Chats, epoch_batches, tokenize, tokenize_chat
+from plumbing.files import InputError
+from plumbing.tokenizer import TEMPLATES, Refused, TextStream, Tokenizer
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -26,12 +27,12 @@ CHATML = (
 
 @pytest.fixture(scope="module")
 def plain(base_dir):
-    return data.Tokenizer(base_dir)
+    return Tokenizer(base_dir)
 
 
 def targets_of(tokenizer, chat):
     """The text of each run of targets."""
-    ids, target, _ = data.tokenize_chat(tokenizer, Chat(chat))
+    ids, target, _ = tokenize_chat(tokenizer, Chat(chat))
     runs, before = [], False
     for i, t in zip(ids, target):
         if t:
@@ -44,14 +45,12 @@ def targets_of(tokenizer, chat):
 # ---------------------------------------------------------------- the loss mask
 
 
-@pytest.mark.parametrize(
-    "template, bytelevel", [(t, b) for t in data.TEMPLATES for b in (False, True)]
-)
+@pytest.mark.parametrize("template, bytelevel", [(t, b) for t in TEMPLATES for b in (False, True)])
 def test_only_replies_are_targets(tmp_path, template, bytelevel):
-    tokenizer = data.Tokenizer(make_directory(tmp_path, 0, template, bytelevel))
+    tokenizer = Tokenizer(make_directory(tmp_path, 0, template, bytelevel))
     first, second = targets_of(tokenizer, CHAT)
     assert [run.replace(" ", "") for run in (first, second)] == ["Onthemat.</s>", "Yes😀!</s>"]
-    ids, target, ends = data.tokenize_chat(tokenizer, Chat(CHAT))
+    ids, target, ends = tokenize_chat(tokenizer, Chat(CHAT))
     stops = [i for i, token in enumerate(ids) if token == tokenizer.eos]
     assert stops == [end - 1 for end in ends] and all(
         target[i] for i in stops
@@ -72,9 +71,9 @@ def test_mask_worked_by_hand(tmp_path):
         k: v for k, v in raw["model"]["vocab"].items() if v < 259 or len(k) == 1
     }
     (directory / "tokenizer.json").write_text(json.dumps(raw))
-    tokenizer = data.Tokenizer(directory)
+    tokenizer = Tokenizer(directory)
     chat = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "abcd")]
-    ids, target, ends = data.tokenize_chat(tokenizer, Chat(chat))
+    ids, target, ends = tokenize_chat(tokenizer, Chat(chat))
     text = "".join(("1" if t else "0") for t in target)
     # <s> ▁User:▁a\n = 9 ids; Assistant: = 10; ▁b = 2; </s>; then ▁ (the tokenizer's) \nUser:▁c\n =
     # 10; and again
@@ -90,14 +89,14 @@ def test_end_of_turn_is_learnt_and_stops_but_not_what_follows(tmp_path):
         raw["added_tokens"].append({**raw["added_tokens"][0], "id": n + i, "content": token})
     (directory / "tokenizer.json").write_text(json.dumps(raw))
     (directory / "chat_template.jinja").write_text(CHATML)
-    tokenizer = data.Tokenizer(directory)
+    tokenizer = Tokenizer(directory)
     assert targets_of(tokenizer, CHAT[1:]) == ["On the mat.<|im_end|>", "Yes 😀!<|im_end|>"]
     assert {tokenizer.tokens[i] for i in tokenizer.stop} == {"</s>", "<|im_end|>"}
     assert tokenizer.bos not in tokenizer.prompt(CHAT[1:2])  # this template writes none
 
 
 def test_prompt_is_the_beginning_of_what_was_trained_on(plain):
-    ids, _, ends = data.tokenize_chat(plain, Chat(CHAT))
+    ids, _, ends = tokenize_chat(plain, Chat(CHAT))
     prompt = plain.prompt(CHAT[:2])
     assert ids[: len(prompt)] == prompt and len(prompt) < ends[0]
 
@@ -107,8 +106,8 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path):
     (directory / "chat_template.jinja").write_text(
         "{{ messages|length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     )
-    with pytest.raises(data.Refused, match="not how its replies begin"):
-        data.tokenize_chat(data.Tokenizer(directory), Chat(CHAT))
+    with pytest.raises(Refused, match="not how its replies begin"):
+        tokenize_chat(Tokenizer(directory), Chat(CHAT))
 
 
 # ---------------------------------------------------------------- files
@@ -181,7 +180,7 @@ def test_malformed_chats_are_named(tmp_path, text, message):
         read_chats(path)
 
 
-def rows_of(chats: data.Chats) -> dict[str, str]:
+def rows_of(chats: Chats) -> dict[str, str]:
     """The table that a training begins with."""
     rows: dict[str, str] = {}
     for line in chats.report.splitlines():
@@ -193,7 +192,7 @@ def rows_of(chats: data.Chats) -> dict[str, str]:
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("plumbing.dataset.CACHE", tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -203,7 +202,7 @@ def test_long_chats_are_cut_at_a_turn_and_empty_ones_counted(tmp_path, cache, pl
     chats = [turn, turn + long, long, turn[:1], turn[1:] + turn, [turn[1]]]
     path = tmp_path / "chats.jsonl"
     path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
-    tokenized = data.tokenize(read_chats(path), plain, 60)
+    tokenized = tokenize(read_chats(path), plain, 60)
     assert (
         len(tokenized) == 3 and len(set(tokenized.lengths().tolist())) == 1
     )  # the second is cut after its first turn
@@ -219,27 +218,27 @@ def test_long_chats_are_cut_at_a_turn_and_empty_ones_counted(tmp_path, cache, pl
     }
     assert "warning: 50% of the chats are left out" in tokenized.report
     with pytest.raises(InputError, match="no chat has .*fits into --max_length 5: 4"):
-        data.tokenize(read_chats(path), plain, 5)
+        tokenize(read_chats(path), plain, 5)
 
 
 def test_tokens_are_cached_until_something_changes(tmp_path, cache, plain, chats_file, monkeypatch):
-    first = data.tokenize(read_chats(chats_file), plain, 100)
+    first = tokenize(read_chats(chats_file), plain, 100)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "tokenize_chat", lambda *_: pytest.fail("tokenized again"))
-        again = data.tokenize(read_chats(chats_file), plain, 100)
+        patch.setattr("plumbing.dataset.tokenize_chat", lambda *_: pytest.fail("tokenized again"))
+        again = tokenize(read_chats(chats_file), plain, 100)
     assert (
         torch.equal(first.ids, again.ids)
         and torch.equal(first.target, again.target)
         and first.report == again.report
     )
-    data.tokenize(read_chats(chats_file), plain, 90)
+    tokenize(read_chats(chats_file), plain, 90)
     chats_file.write_text(chats_file.read_text().replace("cat", "dog"))
-    assert not torch.equal(data.tokenize(read_chats(chats_file), plain, 100).ids, first.ids)
+    assert not torch.equal(tokenize(read_chats(chats_file), plain, 100).ids, first.ids)
     assert len(list(cache.iterdir())) == 3
 
 
 def test_batches_are_shifted_and_padded(tmp_path, cache, plain, chats_file):
-    chats = data.tokenize(read_chats(chats_file), plain, 200)
+    chats = tokenize(read_chats(chats_file), plain, 200)
     inputs, targets, counted = chats.batch([0, 2])
     assert torch.equal(counted, targets >= 0)
     for row, i in enumerate([0, 2]):
@@ -257,13 +256,11 @@ def test_batches_are_shifted_and_padded(tmp_path, cache, plain, chats_file):
 
 def test_an_epoch_has_every_chat_once_in_batches_of_similar_length():
     lengths = torch.randint(1, 1000, (333,), generator=torch.Generator().manual_seed(0))
-    batches = data.epoch_batches(lengths, 8, seed=1)
+    batches = epoch_batches(lengths, 8, seed=1)
     assert sorted(i for batch in batches for i in batch) == list(range(333))
     spread = [int(lengths[batch].max() - lengths[batch].min()) for batch in batches]
     assert sum(spread) / len(spread) < 100
-    assert (
-        batches == data.epoch_batches(lengths, 8, seed=1) != data.epoch_batches(lengths, 8, seed=2)
-    )
+    assert batches == epoch_batches(lengths, 8, seed=1) != epoch_batches(lengths, 8, seed=2)
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -271,24 +268,24 @@ def test_an_epoch_has_every_chat_once_in_batches_of_similar_length():
 
 @pytest.mark.parametrize("bytelevel", [False, True])
 def test_streaming_gives_the_text_and_never_half_a_character(tmp_path, bytelevel):
-    tokenizer = data.Tokenizer(make_directory(tmp_path, 0, bytelevel=bytelevel))
+    tokenizer = Tokenizer(make_directory(tmp_path, 0, bytelevel=bytelevel))
     text = "The cat says 你好 😀 and   é!\nYes"
     ids = tokenizer.encode(text)
-    stream = data.TextStream(tokenizer)
+    stream = TextStream(tokenizer)
     pieces = [stream.step(i) for i in ids]
     assert (
         "".join(pieces) == text and not any("\ufffd" in piece for piece in pieces) and "" in pieces
     )
     assert stream.rest() == ""
     smile = tokenizer.encode("a😀")[:-2]  # the character is cut off, then a word follows or nothing
-    stream = data.TextStream(tokenizer, tokenizer.encode("The cat"))
+    stream = TextStream(tokenizer, tokenizer.encode("The cat"))
     assert "".join(map(stream.step, smile[1:])).strip() == "a" and set(stream.rest()) == {"\ufffd"}
     assert stream.step(tokenizer.encode("b cat")[-1]).strip("\ufffd") == " cat"
 
 
 def test_a_stream_decodes_few_ids_however_long_the_text(plain):
     ids = plain.encode("The cat says 你好 and é!") * 9
-    stream, decoded = data.TextStream(plain), []
+    stream, decoded = TextStream(plain), []
 
     def decode(some):
         decoded.append(len(some))
@@ -306,7 +303,7 @@ def test_saved_tokenizer_works_in_transformers(plain, tmp_path):
     plain.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.apply_chat_template(CHAT, tokenize=False) == plain.render(CHAT)
-    again = data.Tokenizer(tmp_path)
+    again = Tokenizer(tmp_path)
     assert (again.bos, again.eos, again.stop, again.tokens) == (
         plain.bos,
         plain.eos,
@@ -319,21 +316,21 @@ def test_damaged_tokenizers_are_named(base_dir, tmp_path, realdata):
     with pytest.raises(
         InputError, match="tokenizer.json: not a tokenizer .*Merges text file invalid"
     ):
-        data.Tokenizer(realdata / "tokenizers" / "corrupt")
+        Tokenizer(realdata / "tokenizers" / "corrupt")
     with pytest.raises(InputError, match="tokenizer.json: cannot be read"):
-        data.Tokenizer(tmp_path)
+        Tokenizer(tmp_path)
     directory = shutil.copytree(base_dir, tmp_path / "copy")
     (directory / "chat_template.jinja").write_text("{% for %}")
     with pytest.raises(InputError, match="chat template does not work"):
-        data.Tokenizer(directory)
+        Tokenizer(directory)
 
 
 @pytest.mark.parametrize("name", ["llama-2", "llama-3"])
 def test_real_tokenizers_on_real_chats(realdata, name):
-    tokenizer = data.Tokenizer(realdata / "tokenizers" / name)
+    tokenizer = Tokenizer(realdata / "tokenizers" / name)
     for record in read_chats(realdata / "chats" / "sharegpt-500.json").chats[:60]:
         chat = record.messages
-        ids, target, ends = data.tokenize_chat(tokenizer, record)
+        ids, target, ends = tokenize_chat(tokenizer, record)
         replies = [m["content"].strip() for m in chat if m["role"] == "assistant"]
         eos = tokenizer.tokens[tokenizer.eos]
         assert [

@@ -13,12 +13,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 import ivl
-from data import Tokenizer
 from extras import explain, mapped
 from extras.connections import Connected, Probe
 from extras.mapped import Bridge, Mapped
 from extras.proxy import Proxy
 from model import Config, Llama
+from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
 
 PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]

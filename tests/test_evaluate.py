@@ -20,10 +20,10 @@ from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import sample  # noqa: E402
-from data import Tokenizer  # noqa: E402
 from extras import benchmarks, evaluate, harness  # noqa: E402
 from extras.benchmarks import BENCHMARKS, COLUMNS  # noqa: E402
-from files import InputError  # noqa: E402
+from plumbing.files import InputError  # noqa: E402
+from plumbing.tokenizer import Tokenizer
 
 SENTENCES = (
     "The cat sat on the mat.",

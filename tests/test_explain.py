@@ -8,11 +8,11 @@ import torch
 from conftest import assert_refused
 
 import ivl
-from data import Tokenizer
 from extras.connections import connected
 from extras.explain import STRONG, Said, coloured, columns, read_again, summary, who_said
 from extras.proxy import Proxy
 from model import load
+from plumbing.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

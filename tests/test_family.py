@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from experiments import family, toy
-from files import InputError
 from model import load
+from plumbing.files import InputError
 
 
 @pytest.fixture(scope="module")

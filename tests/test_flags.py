@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import make_directory
 
-import data
 import extras.rehearse
 import sample
 import train as trainer
 from experiments import toy
 from extras import speculative
-from files import InputError
 from model import Llama
+from plumbing.files import InputError
 
 
 def actions(script, monkeypatch) -> list[argparse.Action]:
@@ -90,7 +89,7 @@ TRAIN = {
 @pytest.fixture
 def train_calls(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
     """Runs train.py up to its calls of `train` and `held_out_loss`, and tells all about them."""
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr("plumbing.dataset.CACHE", tmp_path / "cache")
     other = tmp_path / "other.json"
     other.write_text(chats_file.read_text().replace("mat", "floor"))
     places = {

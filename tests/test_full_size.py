@@ -17,8 +17,8 @@ import train
 import vocab_map
 from experiments import costs, full_size, plan, reproduce
 from extras.benchmarks import COLUMNS, paper_costs, paper_rows
-from files import Parser
 from model import Llama
+from plumbing.files import Parser
 
 NAMES = [*full_size.TABLES]
 # what the miniature calls the paper's models

@@ -11,11 +11,9 @@ import torch.nn.functional as F
 from conftest import ROOT, assert_refused, make_directory
 from safetensors.torch import load_file, save_file
 
-import data
 import ivl
 import sample
 import train as trainer
-from chats import read_chats
 from experiments import rounding
 from extras import int8
 from extras.connections import Probe, connected
@@ -23,6 +21,9 @@ from extras.int8 import FEW, Int8Llama, Matrix, rounded
 from extras.mapped import Mapped
 from extras.proxy import Proxy
 from model import Config, Llama, allocate, column_major, load, save
+from plumbing.chats import read_chats
+from plumbing.dataset import Chats, tokenize
+from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -220,12 +221,12 @@ def test_loading_takes_no_more_than_the_small_model_and_a_tensor(tmp_path):
 
 
 @pytest.fixture
-def chats(value_dir, chats_file, tmp_path, monkeypatch) -> data.Chats:
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    return data.tokenize(read_chats(chats_file), data.Tokenizer(value_dir), 200)
+def chats(value_dir, chats_file, tmp_path, monkeypatch) -> Chats:
+    monkeypatch.setattr("plumbing.dataset.CACHE", tmp_path / "cache")
+    return tokenize(read_chats(chats_file), Tokenizer(value_dir), 200)
 
 
-def losses(base: Llama, value, chats: data.Chats, steps: int = 4) -> list[float]:
+def losses(base: Llama, value, chats: Chats, steps: int = 4) -> list[float]:
     """Of some steps of training beside a base."""
     settings = trainer.Settings(1e-2, 4, 2, 1, 200, 0.1, "response")
     optimizer = trainer.adamw(value, settings)
@@ -322,7 +323,7 @@ def test_proxy_tuning(exact, base, value_dir, base_dir):
 
 
 def test_a_base_of_another_vocabulary(exact, base, base_dir, other_dir):
-    tokenizers = [data.Tokenizer(directory) for directory in (base_dir, other_dir)]
+    tokenizers = [Tokenizer(directory) for directory in (base_dir, other_dir)]
     mapping = VocabMap.make(*tokenizers, ["The cat sat on the mat."])
     ids = tokenizers[1].encode("The cat sat on the")
     z = []
@@ -427,7 +428,7 @@ import sys, json, torch
 from extras import sharding
 from extras.int8 import Int8Llama
 from extras.sharding import Ranks, load_slice, ranks, chooser
-from files import torchrun
+from plumbing.files import torchrun
 import ivl
 
 @ranks()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import ivl
-from files import InputError
 from model import KVCache, load
+from plumbing.files import InputError
 
 
 @pytest.fixture(scope="module")

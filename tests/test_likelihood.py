@@ -4,13 +4,13 @@ import pytest
 import torch
 from conftest import make_directory
 
-from data import Tokenizer
 from extras import likelihood
 from extras.connections import Probe, connected
 from extras.likelihood import Question, batches, log_likelihoods
 from extras.mapped import Mapped
 from extras.proxy import Proxy
 from model import load
+from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
 
 

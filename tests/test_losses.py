@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Chats
 from extras import losses
-from files import InputError
 from model import load
+from plumbing.dataset import Chats
+from plumbing.files import InputError
 
 
 def batch(B=4, T=7, V=11, seed=0):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import TEXT, assert_refused
 
-from data import Tokenizer
 from experiments import mapping, toy
+from plumbing.tokenizer import Tokenizer
 from vocab_map import Spelling
 
 

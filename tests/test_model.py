@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import ivl
 import model as ours
-from files import InputError, open_tensors, save_tensors, verify
 from model import column_major, load
+from plumbing.files import InputError, open_tensors, save_tensors, verify
 
 SHAPE = dict(
     vocab_size=120,
@@ -346,7 +346,7 @@ def test_an_index_that_is_no_index_is_named(directory):
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
-    from data import Tokenizer
+    from plumbing.tokenizer import Tokenizer
 
     directory = make_directory(tmp_path, 0, vocab_size=100)
     with pytest.raises(InputError, match="tokenizer.json.*vocab_size is 100"):

@@ -10,7 +10,7 @@ from conftest import make_directory
 
 import sample
 from extras import mt_bench
-from files import InputError
+from plumbing.files import InputError
 
 QUESTIONS = [
     ("math", "Where is the cat?"),

@@ -15,7 +15,6 @@ from conftest import TEXT, assert_refused, make_directory
 
 import ivl
 import sample
-from data import Tokenizer
 from extras import page as wing
 from extras.connections import connected
 from extras.explain import Said, read_again, who_said
@@ -23,6 +22,7 @@ from extras.mapped import Mapped
 from extras.page import column, opened, page, stops
 from extras.proxy import Proxy
 from model import load
+from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
 
 PROMPT = [1, 20, 30, 40]

@@ -11,9 +11,9 @@ from experiments.bench_measure import CPU, watched
 from experiments.bench_sides import random_llama, weight_bytes
 from extras import benchmarks, int8
 from extras.int8 import Int8Llama, rounded
-from files import InputError
 from ivl import chunk_rows, generate
 from model import Config, Llama, save
+from plumbing.files import InputError
 from train import forward
 
 SHAPES = {

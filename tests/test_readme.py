@@ -43,9 +43,10 @@ def test_the_tree_names_all_there_is():
     tree = README.partition("## What to read")[2].partition("```")[2].partition("```")[0]
     named = set(re.findall(r"[\w/]+\.py", tree))
     core = {path.name for path in ROOT.glob("*.py")}
-    wings = {path.name for path in ROOT.glob("extras/*.py")} - {"__init__.py"}
-    assert core | wings <= named
-    assert named <= core | wings | {path.name for path in ROOT.glob("experiments/*.py")}
+    below = {path.name for path in [*ROOT.glob("plumbing/*.py"), *ROOT.glob("extras/*.py")]}
+    below -= {"__init__.py"}
+    assert core | below <= named
+    assert named <= core | below | {path.name for path in ROOT.glob("experiments/*.py")}
 
 
 def options(script) -> set[str]:

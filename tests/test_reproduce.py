@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import assert_refused
 
-from chats import Chat
 from experiments import claims, expert, family, figures, reproduce, toy
+from plumbing.chats import Chat
 
 ROOT = Path(__file__).parent.parent
 

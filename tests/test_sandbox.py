@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 from extras import sandbox
-from files import InputError
+from plumbing.files import InputError
 
 if sys.platform == "win32":
     pytest.skip("programs are not run on Windows", allow_module_level=True)

@@ -19,13 +19,14 @@ import torch
 from conftest import ROOT, make_directory
 from safetensors.torch import load_file
 
-import data
 import ivl
 import train as trainer
 from extras import sharding
 from extras.mapped import Mapped
-from files import torchrun as torchrun_started
 from model import Config, Llama, hf_views, load, save
+from plumbing.dataset import Chats
+from plumbing.files import torchrun as torchrun_started
+from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
 
 TRAINING = [
@@ -138,7 +139,7 @@ def test_every_rank_gets_as_many_parts_and_every_chat_one_rank(monkeypatch):
 
 
 def test_no_chats_are_a_row_of_padding():
-    chats = data.Chats(
+    chats = Chats(
         torch.tensor([1, 2]), torch.tensor([True, True]), torch.tensor([0, 2]), torch.zeros(1), ""
     )
     for norm_width in (0, 1):
@@ -292,7 +293,7 @@ def chosen() -> list:
 
 def decoded(base: Path, value: Path, other: Path) -> list:
     """Replies of base, of base and value, and of the base and a value model with other tokens."""
-    tokenizers = [data.Tokenizer(directory) for directory in (base, other)]
+    tokenizers = [Tokenizer(directory) for directory in (base, other)]
     V, mapping = len(tokenizers[0].tokens), VocabMap.make(*tokenizers, ["The cat sat on the mat."])
     models = [load_slice(directory, V) for directory in (base, value)]
     whole = [load_slice(directory, None) for directory in (base, other)]

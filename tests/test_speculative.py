@@ -9,12 +9,12 @@ from conftest import assert_refused, make_directory
 
 import ivl
 import sample
-from data import Tokenizer
 from extras import speculative
 from extras.int8 import Int8Llama
 from extras.proxy import Proxy
 from extras.speculative import LONGEST, Pace, generate, prices, speedup
 from model import Config, Llama, Reader, column_major, load
+from plumbing.tokenizer import Tokenizer
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
 

@@ -12,8 +12,9 @@ from conftest import ROOT
 # commands themselves, with the options of sample.py, and what they are made of
 COMMANDS = ("extras.serve", "extras.evaluate", "extras.harness", "extras.mt_bench")
 CORE = {path.stem for path in ROOT.glob("*.py")}
+PLUMBING = {f"plumbing.{path.stem}" for path in ROOT.glob("plumbing/*.py")} - {"plumbing.__init__"}
 EXTRAS = {path.stem for path in ROOT.glob("extras/*.py")} - {"__init__"}
-MODULES = sorted(CORE | {f"extras.{name}" for name in EXTRAS}) + [
+MODULES = sorted(CORE | PLUMBING | {f"extras.{name}" for name in EXTRAS}) + [
     f"experiments.{path.stem}" for path in sorted(ROOT.glob("experiments/*.py"))
 ]
 
@@ -39,13 +40,13 @@ def imports(module: str, anywhere: bool = False) -> set[str]:
     return {name for node in nodes for name in names_in(node)}
 
 
-def test_the_core_is_eight_files():
-    assert CORE == {"ivl", "model", "chats", "data", "train", "sample", "vocab_map", "files"}
+def test_the_core_is_five_files():
+    assert CORE == {"ivl", "model", "vocab_map", "train", "sample"}
 
 
-@pytest.mark.parametrize("module", sorted(CORE))
+@pytest.mark.parametrize("module", sorted(CORE | PLUMBING))
 def test_the_core_knows_wings_only_in_the_branch_that_needs_them(module):
-    assert imports(module) <= CORE
+    assert imports(module) <= CORE | PLUMBING
     experiments = {name for name in imports(module, anywhere=True) if name.startswith("exper")}
     assert experiments <= ({"experiments.toy"} if module == "train" else set())
 
@@ -86,9 +87,9 @@ def python(code: str, *args) -> subprocess.CompletedProcess:
 
 def test_the_paper_needs_no_tokenizer():
     blocked = "import sys; sys.modules.update(tokenizers=None, jinja2=None, tqdm=None)\n"
-    result = python(blocked + "import ivl; print('data' in sys.modules)")
+    result = python(blocked + "import ivl; print('plumbing.tokenizer' in sys.modules)")
     assert result.stdout == "False\n", result.stderr
-    assert python(blocked + "import data").returncode == 1  # that they are blocked
+    assert python(blocked + "import plumbing.tokenizer").returncode == 1  # that they are blocked
 
 
 def test_without_the_wings_the_scripts_do_their_plain_job(
@@ -142,6 +143,9 @@ def test_bookkeeping_has_examples():
         for test in finder.find(importlib.import_module(module))
         if test.examples
     }
-    assert {"ivl.combine", "vocab_map.warp", "vocab_map.paper_rows", "data.epoch_batches"} <= (
-        with_examples
-    )
+    assert {
+        "ivl.combine",
+        "vocab_map.warp",
+        "vocab_map.paper_rows",
+        "plumbing.dataset.epoch_batches",
+    } <= (with_examples)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import in_a_process
 
-from files import InputError
+from plumbing.files import InputError
 
 if sys.platform != "linux":
     pytest.skip("stress.py asks Linux about its children", allow_module_level=True)

@@ -10,11 +10,11 @@ import torch
 from conftest import ROOT
 
 import sample
-from chats import read_chats
-from data import Tokenizer
 from experiments import toy
-from files import InputError
 from model import load
+from plumbing.chats import read_chats
+from plumbing.files import InputError
+from plumbing.tokenizer import Tokenizer
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -12,14 +12,15 @@ import pytest
 import torch
 from conftest import assert_refused, in_a_process
 
-import data
 import ivl
 import train as trainer
-from chats import read_chats
 from extras import losses as losses_module
 from extras.connections import Connected, Probe
-from files import InputError
 from model import Config, Llama, load
+from plumbing.chats import read_chats
+from plumbing.dataset import Chats, tokenize
+from plumbing.files import InputError
+from plumbing.tokenizer import Tokenizer
 
 FAST = dict(
     lr=1e-2,
@@ -39,8 +40,8 @@ def entries(path, key="loss"):
 
 @pytest.fixture
 def setup(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE", tmp_path / "cache")
-    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(value_dir), 200)
+    monkeypatch.setattr("plumbing.dataset.CACHE", tmp_path / "cache")
+    chats = tokenize(read_chats(chats_file), Tokenizer(value_dir), 200)
 
     base = load(base_dir)
 
@@ -99,7 +100,7 @@ def test_the_norm_over_all_counts_every_position_of_the_whole_batch(
     setup, value_dir, chats_file, tmp_path, size
 ):
     """Prompt and padding too, as the released code does, however the batch is cut into parts."""
-    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(value_dir), 200)
+    chats = tokenize(read_chats(chats_file), Tokenizer(value_dir), 200)
     settings = trainer.Settings(**FAST | {"norm_over": "all"})
     rows = trainer.split(chats, settings)[1][0]
     with torch.no_grad():
@@ -257,9 +258,9 @@ def test_preferences_are_learnt_and_micro_batches_keep_pairs_together(
         .replace("On the mat.", "The cat says good.")
         .replace("In garden", "It rains")
     )
-    tokenizer = data.Tokenizer(value_dir)
+    tokenizer = Tokenizer(value_dir)
     pairs = losses_module.paired(
-        *(data.tokenize(read_chats(file), tokenizer, 200) for file in (chats_file, worse))
+        *(tokenize(read_chats(file), tokenizer, 200) for file in (chats_file, worse))
     )
     (_, whole), (_, parts) = (
         setup(
@@ -457,12 +458,12 @@ def test_compiled_blocks_train_the_same_model(run, base_dir, value_dir, chats_fi
 def test_batches_of_whole_tiles_train_the_same(setup, monkeypatch):
     """On CUDA batches are padded to a multiple of 128: here the same, on the CPU."""
     _, losses = setup("plain")
-    batch = data.Chats.batch
+    batch = Chats.batch
 
     def aligned(chats, rows, device, norm_width=0, align=1):
         return batch(chats, rows, device, norm_width, 128)
 
-    monkeypatch.setattr(data.Chats, "batch", aligned)
+    monkeypatch.setattr(Chats, "batch", aligned)
     _, padded = setup("padded")
     assert padded == pytest.approx(losses, abs=1e-5)
 
@@ -489,7 +490,7 @@ def test_a_curriculum_of_the_command_line_frees_its_bases_too(
 def test_training_is_adamw_by_hand_with_the_scheduled_rate(setup, base_dir, value_dir, tmp_path):
     """Not only the log, also the weights must come of the rate that a step is meant to have."""
     trained, _ = setup("a", warmup=0.25)
-    chats = data.tokenize(read_chats(tmp_path / "chats.json"), data.Tokenizer(value_dir), 200)
+    chats = tokenize(read_chats(tmp_path / "chats.json"), Tokenizer(value_dir), 200)
     _, batches = trainer.split(chats, trainer.Settings(**FAST))
     base, value = load(base_dir), load(value_dir)
     weights = list(value.parameters())

@@ -15,13 +15,14 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused
 
-import data
-import files
 import model as llama
 import train as trainer
-from chats import read_chats
-from files import InputError
 from model import load
+from plumbing import dataset, files
+from plumbing.chats import read_chats
+from plumbing.dataset import tokenize
+from plumbing.files import InputError
+from plumbing.tokenizer import TEMPLATES, Tokenizer
 
 
 def change(path: Path, **fields) -> None:
@@ -54,7 +55,7 @@ def test_a_new_model_leaves_nothing_of_an_older_one(train, models, tmp_path, mon
     assert not (out / "model.safetensors.index.json").exists()
     assert not list(out.glob("model-0*")) and not list(out.glob(".*"))
     assert not torch.equal(load(out).unembed, old)
-    assert data.Tokenizer(out).template == data.Tokenizer(models["value"]).template
+    assert Tokenizer(out).template == Tokenizer(models["value"]).template
 
 
 @pytest.mark.parametrize("broken", ["save_tensors", "write_text"])
@@ -130,7 +131,8 @@ def test_two_runs_in_one_folder(train, tmp_path):
     holder = [
         sys.executable,
         "-c",
-        f"import files, sys; lock = files.own_folder({str(out)!r}, ['log.jsonl'])\n"
+        "import sys; from plumbing.files import own_folder\n"
+        f"lock = own_folder({str(out)!r}, ['log.jsonl'])\n"
         "with lock: print('held', flush=True); sys.stdin.read()",
     ]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -346,16 +348,16 @@ def test_who_is_asked_to_stop_saves_and_says_how_to_go_on(
 
 
 def test_a_damaged_cache_is_made_again(models, chats_file):
-    tokenizer = data.Tokenizer(models["value"])
-    right = data.tokenize(read_chats(chats_file), tokenizer, 200)
-    (cached,) = data.CACHE.glob("*.safetensors")
-    assert data.CACHE.stat().st_mode & 0o777 == 0o700  # other people's chats
+    tokenizer = Tokenizer(models["value"])
+    right = tokenize(read_chats(chats_file), tokenizer, 200)
+    (cached,) = dataset.CACHE.glob("*.safetensors")
+    assert dataset.CACHE.stat().st_mode & 0o777 == 0o700  # other people's chats
     whole = cached.read_bytes()
     flipped = bytearray(whole)
     flipped[-3] ^= 1
     for damaged in (b"", whole[:-9], bytes(flipped)):
         cached.write_bytes(damaged)
-        again = data.tokenize(read_chats(chats_file), tokenizer, 200)
+        again = tokenize(read_chats(chats_file), tokenizer, 200)
         assert again.fingerprint() == right.fingerprint() and cached.read_bytes() == whole
 
 
@@ -415,11 +417,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_are_one_line(models, name, monkeypatch):
-    monkeypatch.setattr(data, "SECONDS", 1)
+    monkeypatch.setattr("plumbing.tokenizer.SECONDS", 1)
     (models["base"] / "chat_template.jinja").write_text(HOSTILE[name])
     start = time.monotonic()
     with pytest.raises(InputError, match="the chat template does not work"):
-        data.Tokenizer(models["base"])
+        Tokenizer(models["base"])
     assert time.monotonic() - start < 60  # else it has hung: no measure of speed
 
 
@@ -427,10 +429,10 @@ def test_hostile_templates_are_one_line(models, name, monkeypatch):
 def test_templates_of_other_types_are_one_line(models, template):
     change(models["base"] / "tokenizer_config.json", chat_template=template)
     if template == ["x"]:  # a list without a default is none at all
-        assert data.Tokenizer(models["base"]).template == data.TEMPLATES["llama-2"]
+        assert Tokenizer(models["base"]).template == TEMPLATES["llama-2"]
         return
     with pytest.raises(InputError, match="chat"):
-        data.Tokenizer(models["base"])
+        Tokenizer(models["base"])
 
 
 # ---------------------------------------------------------------- strangers' files
@@ -492,7 +494,7 @@ def test_hostile_configurations_are_one_line(run, models, field, value):
 def test_missing_ids_are_none(models):
     change(models["base"] / "config.json", eos_token_id=[], bos_token_id=None)
     (models["base"] / "tokenizer_config.json").unlink()
-    tokenizer = data.Tokenizer(models["base"], "plain")
+    tokenizer = Tokenizer(models["base"], "plain")
     assert tokenizer.bos is None and tokenizer.eos is None
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused, make_directory
 
-import data
 import train as trainer
-from chats import read_chats
 from extras import losses, rehearse
 from extras.rehearse import padded_tokens
-from files import InputError, open_tensors, save_tensors
 from model import load
+from plumbing.chats import read_chats
+from plumbing.dataset import tokenize
+from plumbing.files import InputError, open_tensors, save_tensors
+from plumbing.tokenizer import Tokenizer
 
 
 def log_of(out, key: str) -> list:
@@ -27,7 +28,7 @@ def log_of(out, key: str) -> list:
 
 def losses_of(base_dir, value_dir, chats_file, seed=0) -> tuple[float, float]:
     """The held-out losses of the base alone and of the pair, by the plain formula."""
-    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(base_dir), 256)
+    chats = tokenize(read_chats(chats_file), Tokenizer(base_dir), 256)
     order = torch.randperm(len(chats), generator=torch.Generator().manual_seed(seed))
     inputs, targets, _ = chats.batch(order[: max(1, round(0.02 * len(chats)))].tolist())
     z_base, z_delta = (load(directory)(inputs) for directory in (base_dir, value_dir))
@@ -83,12 +84,12 @@ def test_a_preference_is_judged_by_preferences(train, chats_file, tmp_path):
 
 
 def test_the_loss_of_held_out_pairs_is_a_mean_over_pairs(base_dir, value_dir, chats_file):
-    tokenizer = data.Tokenizer(base_dir)
+    tokenizer = Tokenizer(base_dir)
     reading = read_chats(chats_file)
-    better = data.tokenize(reading, tokenizer, 256)
+    better = tokenize(reading, tokenizer, 256)
     for chat in reading.chats:
         chat.messages[-1]["content"] = "It rains."
-    pairs = losses.paired(better, data.tokenize(reading, tokenizer, 256))
+    pairs = losses.paired(better, tokenize(reading, tokenizer, 256))
     base, value = load(base_dir), load(value_dir)
     each = []
     for row in (0, 3, 7):
@@ -302,7 +303,7 @@ def test_a_curriculum_is_rehearsed_beside_its_last_base(run, models, chats_file,
 
 def test_a_rehearsal_counts_padding_and_tries_narrow_and_wide(base_dir, chats_file, monkeypatch):
     """The time is per padded token: here each takes a second."""
-    chats = data.tokenize(read_chats(chats_file), data.Tokenizer(base_dir), 256)
+    chats = tokenize(read_chats(chats_file), Tokenizer(base_dir), 256)
     settings = trainer.Settings(1e-2, 4, 2, 3, 256, 0.0, "response")
     held_rows, batches = trainer.split(chats, settings)
     by_hand = [

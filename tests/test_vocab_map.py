@@ -12,11 +12,11 @@ from conftest import TEXT, assert_refused
 import ivl
 import sample
 import vocab_map
-from data import TextStream, Tokenizer
 from extras import mapped
 from extras.mapped import FLOOR, Bridge, Mapped
-from files import InputError, open_tensors, read_texts, save_tensors
 from model import load
+from plumbing.files import InputError, open_tensors, read_texts, save_tensors
+from plumbing.tokenizer import TextStream, Tokenizer
 from vocab_map import Spelling, VocabMap
 
 TEXTS = TEXT.split(". ")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from files import InputError, parse_json, read_lines, read_text
+from plumbing.files import InputError, parse_json, read_lines, read_text
 
 ROLES = {
     "system": "system",
@@ -211,7 +211,7 @@ def chat_of(record: object) -> Chat:
     {3: 'said not to be learnt'}
     >>> chat_of({"prompt": "Who?", "completion": "You.", "label": False})
     Traceback (most recent call last):
-    chats.LeftOut: labelled as a bad reply
+    plumbing.chats.LeftOut: labelled as a bad reply
     """
     if not isinstance(record, dict):
         raise Unknown("no object {...}")
