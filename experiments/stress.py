@@ -346,7 +346,8 @@ class Kills:
         self.alone: dict[Callable, Alone] = {}
 
         # torchrun starts a copy of the program, so that it has a cache of its own
-        shutil.copytree(ROOT / "extras", work / "program" / "extras")
+        for folder in ("plumbing", "extras"):
+            shutil.copytree(ROOT / folder, work / "program" / folder)
         for file in ROOT.glob("*.py"):
             shutil.copy(file, work / "program")
         self.cache = work / "program" / "out" / "cache"
