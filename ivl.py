@@ -31,7 +31,10 @@ try:
 except ImportError:  # not on macOS and Windows: every kernel has a plain twin
     triton = None
 
-CHUNK = {"cpu": 2**21, "cuda": 2**24}  # logits of one model that exist at a time in training
+# rows of logits that are made at a time in training: on a GPU so many that dW += dzᵀ h is worth
+# reading and writing dW for it; on a CPU as many as have so many logits
+CHUNK = 1024
+CPU_LOGITS = 2**21
 ROWS = 128  # products are fastest with a multiple of so many rows
 BLOCK = 4096  # logits of a row that the kernel holds at a time
 
@@ -51,6 +54,19 @@ def combine(z_base: Tensor, z_delta: Tensor, alpha: float = 1.0) -> Tensor:
     """
     V = min(z_base.shape[-1], z_delta.shape[-1])
     return torch.add(z_base[..., :V].detach(), z_delta[..., :V], alpha=alpha)
+
+
+def combine_all(
+    z_base: Tensor, z_deltas: Sequence[Tensor], alphas: Sequence[float] | None = None
+) -> Tensor:
+    """z_base + Σ αᵢ z_Δᵢ, of any number of value models; the α are 1 unless given.  (..., V)
+
+    An expert at +1 and what it was before it was fine-tuned at −1 are proxy tuning (appendix D).
+    """
+    z_post = z_base
+    for z_delta, alpha in zip(z_deltas, alphas or [1.0] * len(z_deltas), strict=True):
+        z_post = combine(z_post, z_delta.to(z_post.device), alpha)
+    return z_post
 
 
 def norm_term(z_delta: Tensor, counted: Tensor) -> Tensor:
@@ -171,7 +187,9 @@ class TwoHeadedLoss(torch.autograd.Function):
 
 def chunk_rows(V: int, device: str) -> int:
     """How many rows of V logits are made at a time on a kind of device."""
-    rows = max(1, CHUNK.get(device, CHUNK["cuda"]) // V)
+    if device != "cpu":
+        return CHUNK
+    rows = max(1, CPU_LOGITS // V)
     if rows > ROWS:
         rows -= rows % ROWS
     return rows
@@ -447,63 +465,125 @@ def padded(texts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return torch.tensor(rows), torch.tensor(lengths)
 
 
+class Replies:
+    """The replies to a batch of prompts while they grow. It alone decides where one ends: at a
+    token of `stop`, after max_new_tokens, or where a model's context is full.
+
+    Example: two prompts; the first row gets two tokens and then one, the second one and then two,
+    of which the first stops it. A step is complete when all rows that go on have its token.
+    >>> replies = Replies([[5], [6, 7]], max_new_tokens=9, stop=[2])
+    >>> replies.grow([[1, 3], [4]])
+    >>> list(replies.steps())
+    [[1, 4]]
+    >>> replies.grow([[8], [2, 9]])
+    >>> list(replies.steps())
+    [[3, 2], [8, None]]
+    """
+
+    def __init__(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Collection[int] = ()
+    ):
+        self.texts = [list(prompt) for prompt in prompts]
+        self.starts = [len(prompt) for prompt in prompts]
+        self.ends = [start + max_new_tokens for start in self.starts]
+        self.stop = stop
+        self.running = [max_new_tokens > 0] * len(prompts)
+        self.given = 0
+
+    def limit(self, rooms: Sequence[int]) -> None:
+        """No text may grow by more tokens than `rooms` has for its row."""
+        for row, room in enumerate(rooms):
+            self.ends[row] = min(self.ends[row], len(self.texts[row]) + max(1, room))
+
+    def grow(self, new: Sequence[Sequence[int]]) -> None:
+        """New tokens of each row; a row that has ended takes no more."""
+        for row, text in enumerate(self.texts):
+            for i in new[row]:
+                if self.running[row]:
+                    text.append(i)
+                    self.running[row] = i not in self.stop and len(text) < self.ends[row]
+
+    def steps(self) -> Iterator[list[int | None]]:
+        """The steps that are complete and were not given yet: a token of each row, or None."""
+        sizes = [len(text) - start for text, start in zip(self.texts, self.starts)]
+        complete = min((n for n, on in zip(sizes, self.running) if on), default=max(sizes))
+        for t in range(self.given, complete):
+            rows = zip(self.texts, self.starts, sizes)
+            yield [text[start + t] if t < n else None for text, start, n in rows]
+        self.given = complete
+
+    def room(self) -> int:
+        """How many tokens all rows that go on have room for."""
+        rows = zip(self.texts, self.ends, self.running)
+        return min(end - len(text) for text, end, on in rows if on)
+
+
 @torch.inference_mode()
-def generate(
+def token_by_token(
     base: Llama,
-    value: Llama | None,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    values: Sequence[Llama],
+    replies: Replies,
     *,
-    alpha: float = 1.0,
+    alphas: Sequence[float] | None = None,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop: Collection[int] = (),
     vocabulary: int | None = None,
     choose: Callable[..., Tensor] = choose,
-) -> Iterator[list[int | None]]:
-    """Decodes z_post, with a key-value cache for each model; value None decodes the base alone.
+) -> Iterator[list[list[int]]]:
+    """Rounds of plain decoding, with a key-value cache for each model: one new token of each row.
 
-    base, value: Llamas, or whatever else has a `reader` and an `unembed`, see `model.Reader`.
-    prompts: B lists of token ids, each of one or more. Each step yields B new ids; a reply's last
-    one is a token of `stop`, or the one that fills a model's context, and after it the row yields
-    None. Ends when every row has ended or after max_new_tokens.
+    base, values: Llamas, or whatever else has a `reader` and an `unembed`, see `model.Reader`.
+    alphas: the strength of each value model (default: 1).
     temperature, top_k, top_p, seed: see `choose`.
     vocabulary: the first ids that may be chosen, see `shared_vocabulary` (default: all of them).
     choose: another way to choose, with the arguments of `choose`.
+    """
+    # a reader for each model, with a cache for the prompts and what will follow
+    tokens, counts = padded(replies.texts)  # (B, T), (B,)
+    B, T = tokens.shape
+    slots = T + max(end - start for end, start in zip(replies.ends, replies.starts))
+    readers = [model.reader(B, slots) for model in [base, *values]]
+    generator = torch.Generator(base.unembed.device).manual_seed(seed)
+
+    while True:
+        # all models read on: the prompts at first, then the tokens that were chosen
+        z_base, *z_deltas = [reader.read(tokens, counts) for reader in readers]  # (B, V) each
+        z_post = combine_all(z_base, z_deltas, alphas)[:, :vocabulary]
+        new = choose(z_post, temperature, top_k, top_p, generator)  # (B,)
+
+        replies.limit([min(rooms) for rooms in zip(*(reader.room() for reader in readers))])
+        yield [[i] for i in new.tolist()]
+        tokens, counts = new[:, None], None
+
+
+def generate(
+    base: Llama,
+    values: Sequence[Llama],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop: Collection[int] = (),
+    rounds: Callable[..., Iterator[list[list[int]]]] = token_by_token,
+    **how,
+) -> Iterator[list[int | None]]:
+    """Decodes z_post = z_base + Σ αᵢ z_Δᵢ; without value models the base alone.
+
+    prompts: B lists of token ids, each of one or more. Each step yields B new ids; a reply's last
+    one is a token of `stop`, or the one that fills a model's context, and after it the row yields
+    None. Ends when every row has ended or after max_new_tokens.
+    rounds: gives the new tokens of all rows, again and again: `token_by_token`, or a twin of it in
+    extras/graphs.py or extras/speculative.py. how: its options.
 
     Example: two prompts, 2 is in `stop`, and the second reply stops at once. What is yielded:
         [7, 2], then [9, None], then [4, None], ...
     """
-    # 1) a reader for each model, with a cache for the prompts and what will follow
-    texts, lengths = padded(prompts)  # (B, T), (B,)
-    B, T = texts.shape
-    models = [base] if value is None else [base, value]
-    readers = [model.reader(B, T + max_new_tokens) for model in models]
-    generator = torch.Generator(base.unembed.device).manual_seed(seed)
-
-    def step(tokens: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Both models read on and their logits are added: the next token of each row, (B,)."""
-        z_base = readers[0].read(tokens, counts)  # (B, V)
-        z_post = z_base
-        if value is not None:
-            z_delta = readers[1].read(tokens, counts)  # (B, V)
-            z_post = combine(z_base, z_delta.to(z_base.device), alpha)
-        return choose(z_post[:, :vocabulary], temperature, top_k, top_p, generator)
-
-    # 2) they read the prompts, and then the tokens that they have chosen, one by one
-    new = step(texts, lengths)  # (B,)
-    running = [True] * B
-    for left in reversed(range(max_new_tokens)):
-        ids = new.tolist()
-        yield [i if on else None for i, on in zip(ids, running)]
-
-        # 3) a row ends at a stop token, or where its new token fills a model's context; its further
-        #    tokens are chosen and read along, but not given
-        rooms = [reader.room() for reader in readers]  # of each model B numbers
-        room = [min(row) for row in zip(*rooms)]  # B numbers; the new token itself takes one
-        running = [on and i not in stop and n > 1 for i, on, n in zip(ids, running, room)]
-        if left == 0 or not any(running):
+    replies = Replies(prompts, max_new_tokens, stop)
+    if max_new_tokens == 0:
+        return
+    for new in rounds(base, values, replies, **how):
+        replies.grow(new)
+        yield from replies.steps()
+        if not any(replies.running):
             return
-        new = step(new[:, None])

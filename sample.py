@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ivl import choose, generate, never, shared_vocabulary
+from ivl import choose, generate, never, shared_vocabulary, token_by_token
 from model import Config, Llama, column_major, frozen_network, load, plain, recorded_connection
 from plumbing.chats import SUFFIXES, read_chats
 from plumbing.files import (
@@ -114,7 +114,7 @@ class GrowingReply:
 
 
 class Speaker:
-    """A base, its value model or None, and the tokenizer and settings that make them answer.
+    """A base, its value models, and the tokenizer and settings that make them answer.
 
     Below, step by step: do the vocabularies fit, which models are there, how do they decode.
 
@@ -126,11 +126,11 @@ class Speaker:
         self.all_logits = all_logits
         self.device = pick_device(args.device)
         self.mapping = None
-        self.graphs: dict[tuple, object] = {}
         self.match_vocabularies()  # tokenizer, mapping, vocabulary
-        self.load_models()  # connection, base, value, antiexpert, draft, context, choose
-        self.join_models()  # base and value as one reads with them, measures
-        self.generate = self.decoder(self.base, self.value)
+        self.load_models()  # connection, base, values, drafts, context, choose
+        self.join_models()  # base and values as one reads with them, measures
+        self.rounds = self.pick_rounds()
+        self.generate = self.decoder(self.base, self.values)
 
     # ------------------------------------------------------------ the steps
 
@@ -177,10 +177,9 @@ class Speaker:
                 )
 
     def load_models(self) -> None:
-        """Base, value model, antiexpert and draft, each a Llama by itself."""
+        """Base, value models and draft, each a Llama by itself."""
         args = self.args
         dtype = pick_dtype(args.dtype, self.device)
-        value_device = pick_device(args.value_device) if args.value_device else self.device
         self.connection = "residual"
         if args.value != "none":
             self.connection = recorded_connection(args.value)
@@ -207,28 +206,33 @@ class Speaker:
 
         network = frozen_network(args.base_dtype)
         self.base = load_model(args.base, self.device, dtype, network=network)
-        self.value = self.antiexpert = self.draft = None
+        self.values = []
+        self.drafts = None
         if self.connection == "probe":
             from extras.connections import Probe
 
-            self.value = Probe.load(args.value, self.device, dtype)
-            self.value.check([args.base])
+            probe = Probe.load(args.value, self.device, dtype)
+            probe.check([args.base])
+            self.values = [probe]
         elif args.value != "none":
             self.tokenizer.check(Config.load(args.value).vocab_size)
-            self.value = load_model(args.value, value_device, dtype)
-        if args.antiexpert:
-            self.antiexpert = load_model(args.antiexpert, value_device, dtype)
+            directories = [args.value] + [args.antiexpert] * (args.antiexpert is not None)
+            self.values = [load_model(directory, self.device, dtype) for directory in directories]
         if args.draft:
-            self.draft = load_model(args.draft, self.device, dtype, network=network)
+            from extras.speculative import Drafts
 
-        models = [model for model in (self.base, self.value, self.antiexpert) if model is not None]
+            draft = load_model(args.draft, self.device, dtype, network=network)
+            self.drafts = Drafts(draft, args.drafted, sorted(self.differing))
+
+        models = [self.base, *self.values]
         self.context = min(model.config.max_position_embeddings for model in models)
         self.sizes = [model.size() for model in models]
-        self.make_fast([model for model in [*models, self.draft] if isinstance(model, Llama)])
+        models += [self.drafts.draft] if self.drafts else []
+        self.make_fast([model for model in models if isinstance(model, Llama)])
 
     def refuse_beside_connection(self) -> None:
         """Raises InputError for options that such a value model cannot have."""
-        names = given(self.args, "map", "antiexpert", "value_device", "draft")
+        names = given(self.args, "map", "antiexpert", "draft")
         options = [f"--{name}" for name in names]
         if torchrun():
             options = ["torchrun"]
@@ -240,6 +244,9 @@ class Speaker:
 
     def make_fast(self, models: list[Llama]) -> None:
         """Lays the models out for this machine."""
+        # cuDNN makes a plan for each shape of attention, and decoding brings a new one with nearly
+        # every token
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if self.device.type == "cpu":
             for model in models:
                 column_major(model)
@@ -255,65 +262,63 @@ class Speaker:
             from extras.connections import Connected
 
             # the base keeps what it says where the value model reads it, so it must read first
-            self.value = Connected(self.connection, self.value)
-            self.base = self.value.watched(self.base)
-        if self.antiexpert is not None:
-            from extras.proxy import Proxy
-
-            self.value = Proxy(self.value, self.antiexpert)
+            self.values = [Connected(self.connection, *self.values)]
+            self.base = self.values[0].watched(self.base)
         if self.mapping is not None:
             from extras.mapped import Mapped
 
+            if self.device.type == "cuda":
+                from extras.graphs import Recorded
+
+                self.base = Recorded(self.base)
             self.base = Mapped(self.base, self.mapping)
             # the same text in the base's ids, which `respell` gives first
             self.measures.append(lambda ids: len(self.base.bridge.respell(ids)[0]))
 
-    def decoder(self, base: Llama, value: Llama | None, **changes: float) -> Callable:
-        """`ivl.generate` for some of these models, or a twin of it: with --draft the one in which a
-        small base drafts for the pair, else on CUDA the one that replays CUDA graphs.
+    def pick_rounds(self) -> Callable:
+        """What gives the new tokens of each round, see `ivl.generate`."""
+        if self.device.type != "cuda" or self.mapping is not None:
+            return token_by_token
+        from extras.graphs import Kept
+
+        return Kept().rounds
+
+    def decoder(self, base: Llama, values: list[Llama], **changes: float) -> Callable:
+        """`ivl.generate` for some of these models; with --draft a small base drafts for the pair.
 
         changes: what is to be other than on the command line, temperature=0.7, say.
         """
-        names = ("alpha", "temperature", "top_k", "top_p")
-        options = {name: getattr(self.args, name) for name in names} | changes
-        if self.draft is not None and value is not None:
-            from extras import speculative
+        names = ("temperature", "top_k", "top_p")
+        how = {name: getattr(self.args, name) for name in names} | changes
+        how |= {"alphas": self.alphas[: len(values)], "vocabulary": self.vocabulary}
+        if self.drafts is not None and values:
+            return partial(generate, base, values, rounds=self.drafts.rounds, **how)
+        return partial(generate, base, values, rounds=self.rounds, choose=self.choose, **how)
 
-            options |= {"vocabulary": self.vocabulary, "never": sorted(self.differing)}
-            return partial(speculative.generate, base, self.draft, value, **options)
-        shared = {"vocabulary": self.vocabulary, "choose": self.choose}
-        models = [model for model in (base, value) if model is not None]
-        devices = {model.unembed.device.type for model in models}
-        if devices != {"cuda"} or self.mapping is not None:
-            return partial(generate, base, value, **options, **shared)
-        from extras.graphs import Graphs
-
-        # recording takes time and memory: the graphs are kept as long as the options stay
-        kept, graphs = self.graphs.get((base, value), (None, None))
-        if kept != options:
-            graphs = Graphs(base, value, **options, **shared)
-            self.graphs[base, value] = options, graphs
-        return graphs.generate
+    @property
+    def alphas(self) -> list[float]:
+        """The strength of each value model: α, and of an antiexpert −α."""
+        return [self.args.alpha, -self.args.alpha][: len(self.values)]
 
     # ------------------------------------------------------------ what a chat changes and asks
 
     def value_alone(self) -> Callable:
         """A decoder of the value model by itself. Raises InputError if it cannot be alone."""
-        if self.value is None:
+        if not self.values:
             raise InputError("there is no value model here")
-        if not isinstance(self.value, Llama):
+        if self.connection != "residual" or len(self.values) > 1:
             raise InputError("this value model cannot speak alone")
-        return self.decoder(self.value, None)
+        return self.decoder(self.values[0], [])
 
     def set_alpha(self, text: str) -> None:
         """Changes the strength of the value model. Raises InputError."""
-        if self.value is None:
+        if not self.values:
             raise InputError("there is no value model here")
         try:
             self.args.alpha = ALPHA(text)
         except argparse.ArgumentTypeError as error:
             raise InputError(f"/alpha {text}: {error}") from None
-        self.generate = self.decoder(self.base, self.value)
+        self.generate = self.decoder(self.base, self.values)
 
     def set_system(self, text: str) -> None:
         """Changes the system prompt; "": none. Raises InputError if the template has no place for
@@ -427,7 +432,10 @@ class Speaker:
         n = len(reply.ids)
         seconds = time.perf_counter() - start
         memory = peak_memory(self.device)
-        aside(f"{n} tokens, {n / seconds:.1f} tok/s, peak memory {memory:.2f} GB")
+        words = f"{n} tokens, {n / seconds:.1f} tok/s, peak memory {memory:.2f} GB"
+        if self.drafts is not None:
+            words += f", {self.drafts.summary()}"
+        aside(words)
         return reply
 
     def whole_reply(self, prompt: list[int]) -> list[int]:
@@ -452,7 +460,7 @@ class Speaker:
 
         stops: texts that end a reply. most, seed: of `replies`. changes: of `decoder`.
         """
-        generate = self.decoder(self.base, self.value, **changes)
+        generate = self.decoder(self.base, self.values, **changes)
         replies = [GrowingReply(self.tokenizer, stops) for _ in prompts]
         for ids in self.replies(prompts, generate, most, seed):
             for reply, token in zip(replies, ids):
@@ -468,9 +476,13 @@ class Speaker:
         """Shows who said each token of a reply. With --html: gives its column of the page."""
         from extras import explain
 
-        models = self.base, self.value
-        z = explain.read_again(*models, prompt, reply, self.vocabulary, self.differing)
-        told = *z, self.tokenizer, reply, self.args.alpha
+        z_base, *z_deltas = explain.read_again(
+            self.base, self.values, prompt, reply, self.vocabulary, self.differing
+        )
+        z_delta = z_deltas[0]
+        if len(z_deltas) > 1:
+            z_delta = z_delta - z_deltas[1]  # the antiexpert's
+        told = z_base, z_delta, self.tokenizer, reply, self.args.alpha
         said = explain.who_said(*told)
         if sys.stdout.isatty():
             print(explain.coloured(said, shutil.get_terminal_size().columns))
@@ -591,7 +603,7 @@ class Chat:
             self.begin_anew()
             self.tell()
         elif command == "/base":
-            self.again(speaker.decoder(speaker.base, None))
+            self.again(speaker.decoder(speaker.base, []))
         elif command == "/value":
             self.again(speaker.value_alone())
         elif command == "/alpha":
@@ -631,7 +643,7 @@ class Chat:
     def explain(self) -> None:
         if not self.replied:
             raise InputError("there is no reply yet; ask a question first")
-        if self.speaker.value is None or torchrun():
+        if not self.speaker.values or torchrun():
             raise InputError("/explain needs a value model, and one process only")
         self.speaker.explain(self.asked, self.replied)
 
@@ -748,6 +760,7 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=model_directory,
         help="a small base that drafts tokens for --base to verify: the same replies, sooner",
     )
+    add("--drafted", type=whole(1, 64), help="tokens that --draft drafts at a time (4)")
     add("--map", help="from the base's vocabulary to the value model's, made by vocab_map.py")
     add(
         "--template",
@@ -793,9 +806,6 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=whole(1, 10**6), help="prompts at a time (16)")
     add = parser.add_argument_group("with what").add_argument
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    add(
-        "--value_device", help="of the value model, if it is to sit elsewhere than the base: cuda:1"
-    )
     add(
         "--dtype",
         default="auto",
@@ -845,7 +855,9 @@ def check(args: argparse.Namespace) -> None:
     if args.value == "none":
         if args.antiexpert:
             raise InputError("--value is missing: the expert that --antiexpert is compared with")
-        refuse("map alpha value_device draft", "on the base alone")
+        refuse("map alpha draft", "on the base alone")
+    if args.draft is None:
+        refuse("drafted", "without --draft")
     if args.map:
         refuse("draft", "with --map, whose base reads token by token")
     if args.prompts is None:
@@ -871,11 +883,6 @@ def check(args: argparse.Namespace) -> None:
         refuse("compare", "without --html")
     if args.base_dtype and args.compile:
         raise InputError("--base_dtype and --compile do not go together; leave one out")
-    if torchrun() and args.value_device:
-        raise InputError(
-            "--value_device is for one process; under torchrun both models are cut up over "
-            "all devices"
-        )
     if torchrun():
         refuse("draft", "under torchrun, where no process has all logits")
     if torchrun() and args.explain:
@@ -898,6 +905,7 @@ def fill_in(args: argparse.Namespace) -> None:
         "seed": 0,
         "stop": [],
         "max_new_tokens": 512,
+        "drafted": 4,
         "batch_size": 16,
     }
     for name, default in defaults.items():

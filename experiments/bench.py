@@ -321,7 +321,7 @@ def bench_kernels(
         counts = {}
         for side in ("both", "base", "value"):
             first, *second = pair.members(side)
-            decode = decoder(first, second[0] if second else None)
+            decode = decoder(first, *second)
             found = profiled(decode, STEPS, args.device)
             counts[side] = len(found) / STEPS
             if side == "both":

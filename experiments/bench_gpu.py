@@ -53,8 +53,9 @@ from experiments.bench_sides import (
     step_variants,
     weight_bytes,
 )
-from experiments.bench_speculative import Noted, coin
-from extras.speculative import generate
+from experiments.bench_speculative import coin
+from extras.speculative import Drafts
+from ivl import generate
 from model import Llama, column_major
 from plumbing.files import (
     TABLE,
@@ -221,7 +222,7 @@ def decode(job: Job) -> Iterator[Figures]:
     short, long = job.lengths
     pair = random_pair(job.decode, device, {"int8"})
     bandwidth = copy_bandwidth(device)
-    of_both, of_base = decoder(pair.base, pair.value), decoder(pair.base, None)
+    of_both, of_base = decoder(pair.base, pair.value), decoder(pair.base)
     of_int8 = decoder(pair.int8_base, pair.value)
     variants = {
         "both": lambda: ours(of_both, PROMPT, long),
@@ -263,7 +264,7 @@ def profile(job: Job) -> Iterator[Figures]:
     """Some steps of decoding, kernel by kernel."""
     device = job.target()
     pair = random_pair(job.decode, device, set())
-    of_base = profiled(decoder(pair.base, None), STEPS, device)
+    of_base = profiled(decoder(pair.base), STEPS, device)
     of_both = profiled(decoder(pair.base, pair.value), STEPS, device)
     shape = f"{' + '.join(job.decode)}, {STEPS} steps"
     total = sum(kernel.end - kernel.start for kernel in of_both)
@@ -295,9 +296,11 @@ def speculative(job: Job) -> Iterator[Figures]:
     tokens = 1 + rounds * (DRAFTED + 1)  # the prompt gives the first
     of_pair = decoder(pair.base, pair.value)
 
+    drafts = Drafts(draft, DRAFTED)
+
     def drafted() -> list[list[int | None]]:
-        pace = Noted([1.0], [], fixed=DRAFTED)
-        return list(generate(pair.base, draft, pair.value, [PROMPT], tokens, pace=pace))
+        rounds = drafts.rounds
+        return list(generate(pair.base, [pair.value], [PROMPT], tokens, rounds=rounds))
 
     with coin(1.0):
         variants = {"drafted": drafted, "plain": lambda: ours(of_pair, PROMPT, tokens)}

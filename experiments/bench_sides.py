@@ -112,15 +112,15 @@ def bytes_per_token(*models: Llama) -> int:
 # ---------------------------------------------------------------- decoding
 
 
-def decoder(base: Llama, value: Llama | None) -> Callable[..., Iterator[list[int | None]]]:
-    """Our greedy decoding with a pair of models: decoder(base, value)(prompts, tokens) gives steps.
+def decoder(base: Llama, *values: Llama) -> Callable[..., Iterator[list[int | None]]]:
+    """Our greedy decoding with some models: decoder(base, value)(prompts, tokens) gives steps.
 
     As sample.py has it: on CUDA caches and graphs are made once and then serve text after text."""
     if base.unembed.device.type == "cuda":
-        from extras.graphs import Graphs
+        from extras.graphs import Kept
 
-        return Graphs(base, value).generate
-    return partial(generate, base, value)
+        return partial(generate, base, values, rounds=Kept().rounds)
+    return partial(generate, base, values)
 
 
 def ours(decode: Callable, prompt: list[int], tokens: int) -> list[int]:
@@ -236,7 +236,7 @@ def decode_variants(
 ) -> dict[str, Callable[[], list[int]]]:
     """Greedy decoding of so many tokens after a short prompt; all give the tokens."""
     theirs = pair.their_base, pair.their_value
-    of_value, of_base = decoder(pair.value, None), decoder(pair.base, None)
+    of_value, of_base = decoder(pair.value), decoder(pair.base)
     of_both = decoder(pair.base, pair.value)
     of_int8 = of_both if pair.int8_base is None else decoder(pair.int8_base, pair.value)
     variants = {

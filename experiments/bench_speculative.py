@@ -4,16 +4,16 @@
     python experiments/bench.py speculative --shape 58m 24m 24m --share 0.8     # random weights
     python experiments/bench.py speculative --base_dtype int8                   # base and draft
 
-All ways to decode take turns, greedily, over the same prompts: plain, with the number of drafted
-tokens adapted to what stands, and with fixed numbers of them. Models with random weights agree
-about nothing, so there a coin decides which drafted tokens stand: --share is the probability that
-one does. Beside the measured speed-up stands the predicted one. It takes from the run how many
-tokens a round gave, and what a round costs from the time that each model takes to read.
+All ways to decode take turns, greedily, over the same prompts: plain, and with some numbers of
+drafted tokens. Models with random weights agree about nothing, so there a coin decides which
+drafted tokens stand: --share is the probability that one does. Beside the measured speed-up stands
+the predicted one. It takes from the run how many tokens a round gave, and what a round costs from
+the time that each model takes to read.
 """
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,8 @@ from experiments.bench_measure import seconds
 from experiments.bench_sides import PROMPT, check_pair, decoder, random_llama
 from extras import speculative
 from extras.int8 import rounded
-from extras.speculative import Pace, leading, prices
+from extras.speculative import Drafts, leading
+from ivl import generate
 from model import Llama, column_major
 from plumbing.files import InputError, given, number, pick_dtype, whole
 
@@ -35,30 +36,9 @@ SHAPES = {
     "cpu": ("58m", "24m", "24m"),
     "cuda": ("llama-2-7b", "tinyllama-1.1b", "tinyllama-1.1b"),
 }
-LENGTHS = [1, 2, 4, 8]  # of drafts, beside the adapted ones
+LENGTHS = [1, 2, 4, 8]  # of drafts
 DIRECTORIES = ("base", "draft", "value", "prompts")
 READS = 9  # of which the median is the time of a read
-
-
-class Noted(Pace):
-    """A pace that notes in `rounds`, for each row, how many were drafted and how many stood.
-
-    fixed: always draft so many (None: as many as pay).
-    """
-
-    def __init__(
-        self, prices: Sequence[float], rounds: list[tuple[int, int]], fixed: int | None = None
-    ):
-        super().__init__(prices)
-        self.rounds = rounds
-        self.fixed = fixed
-
-    def length(self) -> int:
-        return super().length() if self.fixed is None else self.fixed
-
-    def seen(self, k: int, stood: Sequence[int]) -> None:
-        super().seen(k, stood)
-        self.rounds += [(k, n) for n in stood]
 
 
 @contextmanager
@@ -97,22 +77,20 @@ def reading_time(model: Llama, rows: int, tokens: int) -> float:
     return statistics.median(times)
 
 
-def predicted(rounds: Sequence[tuple[int, int]], times: dict[tuple[str, int], float]) -> float:
-    """How many times faster than plain decoding these rounds should be.
+def predicted(k: int, stood: float, times: dict[tuple[str, int], float]) -> float:
+    """How many times faster than plain decoding rounds of k drafted tokens should be.
 
-    times: in which base, draft and value read so many tokens at once.
+    stood: how many of them stand, on average. times: in which base, draft and value read so many
+    tokens at once.
 
-    Example: rounds of two drafted tokens, of which two and none stood: four tokens. The base takes
-    8 for a token and 9 for three, the others 1 each: 4 · (8 + 1) against 2 · (9 + 2 · 1 + 3 · 1)
+    Example: of two drafted tokens one stands: two tokens a round. The base takes 8 for a token and
+    9 for three, the others 1 each: 2 · (8 + 1) against 9 + 2 · 1 + 3 · 1
     >>> times = {("base", 1): 8, ("base", 3): 9, ("draft", 1): 1, ("value", 1): 1}
-    >>> round(predicted([(2, 2), (2, 0)], times), 3)
+    >>> round(predicted(2, 1.0, times), 3)
     1.286
     """
-    plain = drafted = 0.0
-    for k, stood in rounds:
-        plain += (stood + 1) * (times["base", 1] + times["value", 1])
-        drafted += times["base", k + 1] + k * times["draft", 1] + (k + 1) * times["value", 1]
-    return plain / drafted
+    plain = (stood + 1) * (times["base", 1] + times["value", 1])
+    return plain / (times["base", k + 1] + k * times["draft", 1] + (k + 1) * times["value", 1])
 
 
 # ---------------------------------------------------------------- the bench
@@ -128,7 +106,8 @@ class Trio:
     names: str
     batches: list[list[list[int]]]
     plain: Callable  # (prompts) → steps, as `ivl.generate` gives them
-    drafted: Callable  # (prompts, pace=...) → the same
+    drafted: Callable  # (prompts, rounds=...) → the same
+    never: list[int]  # ids that are not chosen
     chance: AbstractContextManager  # in which they run
 
 
@@ -148,19 +127,17 @@ def from_directories(args: argparse.Namespace) -> Trio:
     chats = sample.read_prompts(args.prompts)[: args.limit]
     prompts = [speaker.prompt(messages) for messages in chats]
     size = args.batch_size
-    pair = speaker.base, speaker.value
-    drafted = speaker.decoder(*pair)
-    draft, speaker.draft = speaker.draft, None
-    plain = speaker.decoder(*pair)
+    (value,) = speaker.values
     common = {"max_new_tokens": args.tokens, "stop": speaker.tokenizer.stop}
     return Trio(
         speaker.base,
-        draft,
-        speaker.value,
+        speaker.drafts.draft,
+        value,
         " + ".join(f"{model.parent.name}/{model.name}" for model in models.values()),
         [prompts[i : i + size] for i in range(0, len(prompts), size)],
-        partial(plain, **common),
-        partial(drafted, **common),
+        partial(decoder(speaker.base, value), **common, vocabulary=speaker.vocabulary),
+        partial(generate, speaker.base, [value], **common, vocabulary=speaker.vocabulary),
+        sorted(speaker.differing),
         nullcontext(),
     )
 
@@ -184,7 +161,8 @@ def from_shapes(args: argparse.Namespace) -> Trio:
         " + ".join(names),
         [[PROMPT] * args.batch_size],
         partial(decoder(base, value), **common),
-        partial(speculative.generate, base, draft, value, **common),
+        partial(generate, base, [value], **common),
+        [],
         coin(0.8 if args.share is None else args.share),
     )
 
@@ -193,17 +171,12 @@ def bench(args: argparse.Namespace) -> Iterator[list[dict]]:
     """Speculative decoding against plain decoding of the same pair, in tokens per second."""
     directories = given(args, *DIRECTORIES)
     trio = from_directories(args) if directories else from_shapes(args)
-    of_rounds = prices(trio.base, trio.draft, trio.value, len(trio.batches[0]))
-    rounds = {}
-
-    def speculating(name: str, fixed: int | None) -> Callable:
-        """A way to decode that notes its rounds under `name`."""
-        rounds[name] = []
-        return lambda prompts: trio.drafted(prompts, pace=Noted(of_rounds, rounds[name], fixed))
-
-    ways = {"plain": trio.plain, "adapted": speculating("adapted", None)}
+    ways = {"plain": trio.plain}
+    drafts = {}
     for k in args.drafted:
-        ways[f"{k} drafted"] = speculating(f"{k} drafted", k)
+        name = f"{k} drafted"
+        drafts[name] = Drafts(trio.draft, k, trio.never)
+        ways[name] = partial(trio.drafted, rounds=drafts[name].rounds)
 
     def run(decode: Callable) -> list[list[int]]:
         """All replies."""
@@ -216,23 +189,21 @@ def bench(args: argparse.Namespace) -> Iterator[list[dict]]:
     # once to warm up, for the replies and the rounds; then all ways take turns on the clock
     with trio.chance:
         replies = {name: run(way) for name, way in ways.items()}
-        seen = {name: list(noted) for name, noted in rounds.items()}
+        stood = {name: each.drafted * each.stood / each.tried for name, each in drafts.items()}
         clock = {name: [] for name in ways}
         for _ in range(args.repeats):
             for name, way in ways.items():
                 clock[name].append(seconds(partial(run, way), args.device))
 
-    rows = len(trio.batches[0])
-    times = reading_times(trio, rows, {k for noted in seen.values() for k, _ in noted})
+    times = reading_times(trio, len(trio.batches[0]), args.drafted)
     speed = {}
     for name in ways:
         tokens = sum(map(len, replies[name]))
         speed[name] = tokens / statistics.median(clock[name])
-    for name, noted in seen.items():
+    for name, each in drafts.items():
         same = sum(map(list.__eq__, replies[name], replies["plain"]))
-        mean_drafted, mean_stood = (statistics.fmean(column) for column in zip(*noted))
-        note = f"{mean_stood:.2f} of {mean_drafted:.2f} drafted tokens stand a round"
-        note += f"; predicted {predicted(noted, times):.2f}"
+        note = f"{stood[name]:.2f} of {each.drafted} drafted tokens stand a round"
+        note += f"; predicted {predicted(each.drafted, stood[name], times):.2f}"
         if directories:
             note += f"; {same} of {len(replies[name])} replies are the same"
         row = {
@@ -248,12 +219,12 @@ def bench(args: argparse.Namespace) -> Iterator[list[dict]]:
         yield [row]
 
 
-def reading_times(trio: Trio, rows: int, drafts: set[int]) -> dict[tuple[str, int], float]:
+def reading_times(trio: Trio, rows: int, drafts: list[int]) -> dict[tuple[str, int], float]:
     """For `predicted`: what a step of each model takes, and what verifying takes."""
     times = {}
     for name, model in [("draft", trio.draft), ("value", trio.value)]:
         times[name, 1] = reading_time(model, rows, 1)
-    for k in drafts | {0}:
+    for k in {0, *drafts}:
         times["base", k + 1] = reading_time(trio.base, rows, k + 1)
     return times
 
@@ -274,7 +245,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--share", type=number(0, 1), help="... of drafted tokens that stand (0.8)")
     add("--base_dtype", choices=["int8"], help="of base and draft, as in sample.py")
-    add("--drafted", nargs="*", type=whole(0, 64), default=LENGTHS, help="fixed numbers (1 2 4 8)")
+    add("--drafted", nargs="+", type=whole(1, 64), default=LENGTHS, help="tokens a round (1 2 4 8)")
     add("--tokens", type=whole(2, 10**6), default=128, help="new tokens at most (128)")
     add("--batch_size", type=whole(1, 10**4), default=1, help="prompts at a time (1)")
     add("--repeats", type=whole(1, 1000), default=3, help="runs of which the median counts (3)")

@@ -35,7 +35,7 @@ def form_missed(
     records: all demonstrations, as they were read.
     """
     messages = [records[chats.entry[row]].messages for row in rows]
-    replies = toy.greedy(expert, None, tokenizer, messages)
+    replies = toy.greedy(expert, [], tokenizer, messages)
     in_form = [
         bool(family.form_of(chat[-1]["content"]).fullmatch(reply))
         for reply, chat in zip(replies, messages)

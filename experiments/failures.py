@@ -55,7 +55,7 @@ def replies(
     base: Llama, value: Llama, tokenizer: Tokenizer, chats: list[list[dict]]
 ) -> list[tuple[str, list[dict], str]]:
     """(kind, chat, reply) of each chat's question."""
-    said = toy.greedy(base, value, tokenizer, chats)
+    said = toy.greedy(base, [value], tokenizer, chats)
     return [(kind_of(text, chat[-1]["content"]), chat, text) for text, chat in zip(said, chats)]
 
 
@@ -64,7 +64,7 @@ def shown(
 ) -> list[explain.Said]:
     """The reply's tokens, each put down to one of the models."""
     prompt, ids = tokenizer.prompt(chat[:-1]), tokenizer.encoding(reply).ids
-    z_base, z_delta = explain.read_again(base, value, prompt, ids)
+    z_base, z_delta = explain.read_again(base, [value], prompt, ids)
     return explain.who_said(z_base, z_delta, tokenizer, ids)
 
 

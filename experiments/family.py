@@ -324,15 +324,22 @@ def form_of(reply: str) -> re.Pattern:
 
 
 def score(
-    base: Llama, value: Llama | None, tokenizer: Tokenizer, out: Path, kinds: Sequence[str]
+    base: Llama,
+    values: Sequence[Llama],
+    tokenizer: Tokenizer,
+    out: Path,
+    kinds: Sequence[str],
+    **how,
 ) -> dict:
-    """The scores `kinds` of a pair, greedily, on the questions in `out`."""
+    """The scores `kinds` of a base with its value models, greedily, on the questions in `out`.
+    how: of `ivl.generate`.
+    """
 
     def replies(kind: str) -> list[tuple[str, str]]:
         """Each reply, and what it should be."""
         reading = read_chats(out / f"{kind}-asked.jsonl")
         chats = [chat.messages for chat in reading.chats]
-        said = toy.greedy(base, value, tokenizer, chats)
+        said = toy.greedy(base, values, tokenizer, chats, **how)
         return [(text, chat[-1]["content"]) for text, chat in zip(said, chats)]
 
     scores = {}
@@ -349,5 +356,5 @@ def score(
         scores["skill"] = sum(gold.split(" So ")[1] in text for text, gold in pairs) / len(pairs)
     if "few-shot" in kinds:
         texts = read_json(out / "few-shot.json", LIST)
-        scores["few-shot"] = toy.knows(base, tokenizer, texts, value)
+        scores["few-shot"] = toy.knows(base, tokenizer, texts, values, **how)
     return scores

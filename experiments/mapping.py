@@ -255,7 +255,7 @@ def transfer(args: argparse.Namespace) -> list[dict]:
             "base": "same vocabulary",
             "map": "none",
             "knows": toy.knows(large, tokenizer, facts),
-            **toy.score(large, value, tokenizer, questions),
+            **toy.score(large, [value], tokenizer, questions),
         }
     ]
     for method in METHODS:
@@ -265,7 +265,7 @@ def transfer(args: argparse.Namespace) -> list[dict]:
                 "base": "another vocabulary",
                 "map": METHODS[method],
                 "knows": toy.knows(base, other, facts),
-                **toy.score(Mapped(base, mapping), value, tokenizer, questions),
+                **toy.score(Mapped(base, mapping), [value], tokenizer, questions),
                 "overlap": overlap(mapping, held)[0],
                 "retention": retention(base, mapping, held),
             }

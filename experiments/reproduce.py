@@ -60,7 +60,6 @@ from experiments import (
 from experiments.family import SCORES
 from extras.connections import Connected, Probe, connected
 from extras.mapped import Mapped
-from extras.proxy import Proxy
 from ivl import generate
 from model import Config, Llama, column_major, frozen_network, load, recorded_connection
 from plumbing.chats import read_chats
@@ -331,18 +330,23 @@ def score(
     connection, tokenizer = recorded_connection(directory), Tokenizer(directory)
     value = Probe.load(directory, device) if connection == "probe" else load(directory, device)
     if system in ("full", "alone", "expert"):  # this directory's model answers without another
-        pair = value, None
+        model, values = value, []
     else:
-        pair = connected(connection, load(bases / base, device), value)
+        model, value = connected(connection, load(bases / base, device), value)
+        values = [value]
+    alphas = [1.0]
     if system == "proxy":
-        pair = pair[0], Proxy(value, load(bases / "small", device))
+        values.append(load(bases / "small", device))
+        alphas.append(-1.0)
     method = map_of(base, system)
     if method is not None:
         documents = read_json(bases / "documents.json", LIST)
         mapping = VocabMap.make(Tokenizer(bases / "other"), tokenizer, documents, method)
-        pair = Mapped(pair[0], mapping), value
+        model = Mapped(model, mapping)
 
-    scores[key] = known | family.score(*pair, tokenizer, bases, missing)
+    scores[key] = known | family.score(
+        model, values, tokenizer, bases, missing, alphas=alphas[: len(values)]
+    )
     write_text(kept, json.dumps(scores, indent=2) + "\n")
     return scores[key]
 
@@ -416,21 +420,22 @@ def costs(seeds: Sequence[int], out: Path, device: torch.device) -> list[dict]:
         loaded = load(directory, device)
         return loaded if device.type == "cuda" else column_major(loaded)
 
-    def decode(base: Llama, value: Llama | None, tokens: int) -> None:
-        for _ in generate(base, value, [list(range(3, 19))], tokens):
+    def decode(base: Llama, values: list[Llama], tokens: int) -> None:
+        alphas = [1.0, -1.0][: len(values)]
+        for _ in generate(base, values, [list(range(3, 19))], tokens, alphas=alphas):
             pass
 
     torch.set_num_threads(1)
     bases = {base: model(family_of(out, seeds[0]) / base) for base, _ in COSTS}
     value = model(trained("small", seeds[0], out, device))
-    proxy = Proxy(model(trained("expert", seeds[0], out, device)), bases["small"])
-    beside = {"alone": None, "small": value, "proxy": proxy}
+    expert = model(trained("expert", seeds[0], out, device))
+    beside = {"alone": [], "small": [value], "proxy": [expert, bases["small"]]}
     pairs = [(bases[base], beside[system]) for base, system in COSTS]
     rows: list[dict] = [{"base": base, "system": system} for base, system in COSTS]
     for tokens in tqdm(LENGTHS, desc="table3", unit=" lengths", disable=None):
         runs = [partial(decode, *pair, tokens) for pair in pairs]
         for row, pair, run in zip(rows, pairs, runs):
-            loaded = {pair[0], *getattr(pair[1], "models", [pair[1]])} - {None}
+            loaded = {pair[0], *pair[1]}
             weights = sum(bench_sides.weight_bytes(model) for model in loaded)
             rest = bench_measure.watched(run, device)[0]
             row[f"MB {tokens}"] = spread([(weights + rest) / 1e6])

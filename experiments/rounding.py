@@ -87,7 +87,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def agreeing(base: Llama, twin: Llama, prompts: Sequence[Sequence[int]], most: int) -> list[int]:
     """After how many tokens the greedy continuations of each prompt part, at most so many."""
-    said = [zip(*generate(model, None, prompts, most)) for model in (base, twin)]
+    said = [zip(*generate(model, [], prompts, most)) for model in (base, twin)]
     return [count_alike(*pair) for pair in zip(*said)]
 
 
@@ -121,7 +121,7 @@ def of_seed(seed: int, scale: float, out: Path, device: torch.device) -> dict[st
     for title, (recipe, in_eight_bits) in PAIRS.items():
         directory = trained(recipe, seed, out, device)
         base = rounded(bases["large"]) if in_eight_bits else bases["large"]
-        scores = family.score(base, load(directory, device), tokenizer, folder, SCORES)
+        scores = family.score(base, [load(directory, device)], tokenizer, folder, SCORES)
         figures |= {f"{title}: {name}": score for name, score in scores.items()}
     return figures
 

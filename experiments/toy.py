@@ -27,7 +27,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -419,32 +419,36 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
 # ---------------------------------------------------------------- scores
 
 
-def knows(base: Llama, tokenizer: Tokenizer, facts: list[str], value: Llama | None = None) -> float:
+def knows(
+    base: Llama, tokenizer: Tokenizer, facts: list[str], values: Sequence[Llama] = (), **how
+) -> float:
     """The share of facts, sentences of the corpus, whose last word is given after the words before
-    it.
+    it. how: of `ivl.generate`.
     """
     prompts = [tokenizer.encode(fact.rsplit(" ", 1)[0]) for fact in facts]
-    replies = zip(*ivl.generate(base, value, prompts, LONGEST))
+    replies = zip(*ivl.generate(base, values, prompts, LONGEST, **how))
     return sum(
         tokenizer.decode(r).strip().startswith(fact.split()[-1]) for r, fact in zip(replies, facts)
     ) / len(facts)
 
 
 def greedy(
-    base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]]
+    base: Llama, values: Sequence[Llama], tokenizer: Tokenizer, chats: list[list[dict]], **how
 ) -> list[str]:
     """The reply to each chat's question; one that never ends is empty: it has no form."""
     prompts = [tokenizer.prompt(chat[:-1]) for chat in chats]
     replies = [
         [i for i in reply if i is not None]
-        for reply in zip(*ivl.generate(base, value, prompts, 32, stop=tokenizer.stop))
+        for reply in zip(*ivl.generate(base, values, prompts, 32, stop=tokenizer.stop, **how))
     ]
     return [tokenizer.decode(ids).strip() if ids[-1] in tokenizer.stop else "" for ids in replies]
 
 
-def score(base: Llama, value: Llama | None, tokenizer: Tokenizer, chats: list[list[dict]]) -> dict:
+def score(
+    base: Llama, values: Sequence[Llama], tokenizer: Tokenizer, chats: list[list[dict]]
+) -> dict:
     """Shares of the chats whose greedy replies are in the demonstrated form, and right as well."""
-    replies = greedy(base, value, tokenizer, chats)
+    replies = greedy(base, values, tokenizer, chats)
     return {
         "form": sum(bool(FORM.fullmatch(text)) for text in replies) / len(chats),
         "right": sum(text == chat[-1]["content"] for text, chat in zip(replies, chats))
@@ -568,13 +572,13 @@ class Scores:
         if 0 < done < 8 or done & (done - 1):
             return {}
         if self.full:
-            return score(trained, None, self.tokenizer, self.questions)
+            return score(trained, [], self.tokenizer, self.questions)
         scores = {}
         for name, base in self.bases.items():
-            pair = base, trained
+            value = trained
             if isinstance(trained, Connected):
-                pair = connected(trained.connection, base, trained.value)
-            for key, share in score(*pair, self.tokenizer, self.questions).items():
+                base, value = connected(trained.connection, base, trained.value)
+            for key, share in score(base, [value], self.tokenizer, self.questions).items():
                 scores[f"{key}, {name}"] = share
         return scores
 
@@ -595,16 +599,20 @@ def table(args: argparse.Namespace) -> None:
         base = load(out / name, device, network=frozen_network(args.base_dtype))
         full = load(out / f"{name}-full", device)
         known = knows(base, tokenizer, facts)  # the base alone: the same in its three rows
-        pair = connected(connection, base, value)
-        for kind, joined in (("none", (base, None)), ("value", pair), ("full", (full, None))):
+        beside, joined = connected(connection, base, value)
+        for kind, asked, values in (
+            ("none", base, []),
+            ("value", beside, [joined]),
+            ("full", full, []),
+        ):
             rows.append(
                 {
                     "base": name,
                     "value": kind,
                     "knows": known,
-                    **score(*joined, tokenizer, questions),
+                    **score(asked, values, tokenizer, questions),
                     "base_parameters": base.size(),
-                    "value_parameters": joined[1].size() if joined[1] else 0,
+                    "value_parameters": sum(model.size() for model in values),
                 }
             )
             bar.update()

@@ -165,13 +165,15 @@ class Examinee(sample.Speaker):
         self, questions: Sequence[Question], batch_size: int
     ) -> Iterator[dict[int, Likelihood]]:
         """See `log_likelihoods`."""
-        self.graphs.clear()  # of replies: their caches take the memory of these
+        # the recorded replies' caches take the memory of these
+        self.rounds = self.pick_rounds()
+        self.generate = self.decoder(self.base, self.values)
         yield from log_likelihoods(
             self.base,
-            self.value,
+            self.values,
             questions,
             batch_size,
-            alpha=self.args.alpha,
+            alphas=self.alphas,
             vocabulary=self.vocabulary,
             differing=self.differing,
         )

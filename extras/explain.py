@@ -44,33 +44,33 @@ class Said:
 @torch.inference_mode()
 def read_again(
     base: Llama,
-    value: Llama,
+    values: Sequence[Llama],
     prompt: Sequence[int],
     reply: Sequence[int],
     vocabulary: int | None = None,
     never: Collection[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """z_base and z_Δ before each of the reply's n tokens, (n, V) each, in float32.
+) -> list[Tensor]:
+    """z_base and each z_Δ before each of the reply's n tokens, (n, V) each, in float32.
 
-    base, value: whatever has a `reader`, as in `ivl.generate`; `read_each` gives the reply at once.
+    base, values: whatever has a `reader`, as in `ivl.generate`; `read_each` reads the reply at
+    once.
     vocabulary: the first ids that could be chosen; never: of these, those that could not, which
     get z_base = −∞.
     """
-    # both models read the prompt, then the reply: their logits before each of its tokens
-    readers = [model.reader(1, len(prompt) + len(reply)) for model in (base, value)]
+    # the models read the prompt, then the reply: their logits before each of its tokens
+    readers = [model.reader(1, len(prompt) + len(reply)) for model in [base, *values]]
     z = [reader.read(torch.tensor([prompt])) for reader in readers]  # (1, V) each
     if len(reply) > 1:
         rest = [reader.read_each(torch.tensor([reply[:-1]])) for reader in readers]
         z = [torch.cat((before, after[0])) for before, after in zip(z, rest)]  # (n, V) each
 
-    # over the words of both
-    z_base, z_delta = z
-    V = min(z_base.shape[1], z_delta.shape[1], vocabulary or z_base.shape[1])
-    z_base, z_delta = z_base[:, :V], z_delta[:, :V].to(z_base.device)
+    # over the vocabulary that all have
+    V = min(vocabulary or z[0].shape[1], *(z_model.shape[1] for z_model in z))
+    z_base, *z_deltas = [z_model[:, :V].to(z[0].device) for z_model in z]
     if never:
         ids = torch.tensor(sorted(never), device=z_base.device)
         z_base = z_base.index_fill(1, ids, -torch.inf)
-    return z_base, z_delta
+    return [z_base, *z_deltas]
 
 
 def texts(tokenizer: Tokenizer) -> list[str]:

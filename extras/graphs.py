@@ -1,27 +1,35 @@
-"""`ivl.generate` on CUDA with each step a graph: one call launches all kernels of both models.
+"""Decoding on CUDA with reads that are recorded: one call launches all kernels of a step.
 
 A step of decoding reads every weight once; beside that, launching some thousand kernels one by one
-takes longer than running them. So a step is recorded once, with the buffers it reads and moves on,
-and then replayed: both models, the sum of their logits and the choice of a token. The next step is
-launched before the last one's tokens are looked at: the device never waits for the host.
+takes longer than running them. So a step is recorded once as a CUDA graph, with the buffers it
+reads and moves on, and then replayed.
 
-Caches, buffers, streams and graphs belong to a pair of models and are kept from text to text:
+`Graphs` records the whole step of a pair, all models, the sum of their logits and the choice of a
+token, and launches the next step before the last one's tokens are looked at: the device never waits
+for the host. It stands in the place of `ivl.token_by_token`:
 
-    graphs = Graphs(base, value, alpha=1.0)
-    for ids in graphs.generate(prompts, max_new_tokens): ...     # as ivl.generate
+    graphs = Kept()
+    for ids in ivl.generate(base, values, prompts, max_new_tokens, rounds=graphs.rounds): ...
+
+`Recorded` is a model whose reader records its reads one by one: for a round of drafted tokens, and
+for a base that is mapped from another vocabulary.
+
+Caches, buffers, streams and graphs are kept from text to text, and go when their owner goes: there
+are no cycles of references here, since NCCL waits at its end until all graphs are gone.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, cuda
 
 import ivl
 from extras.connections import Connected
-from model import Llama, Reader
+from ivl import Replies
+from model import Config, Llama, Reader
 
 SHORTEST = 512  # slots that a recorded step looks at, at least; then twice as many, and so on
+FEW = 32  # tokens: reads of so many are recorded; longer ones, prompts say, come in any length
 
 
 def window(end: int) -> int:
@@ -34,88 +42,145 @@ def window(end: int) -> int:
     return max(SHORTEST, 1 << (end - 1).bit_length())
 
 
+# ---------------------------------------------------------------- recording
+
+
+class Recorder:
+    """Calls that are recorded at first and replayed from then on. Those of one recorder never run
+    at the same time, so they share their memory.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        # a stream to record on; libraries keep memory for every stream they have met
+        with cuda.device(device):
+            self.stream = cuda.Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        """Gives up what was recorded: graphs know the addresses of caches that are to go."""
+        self.graphs = {}  # what was asked for → a graph, and where it leaves its result
+        self.pool = None
+
+    def replay(
+        self,
+        key: tuple,
+        run: Callable[[], Tensor],
+        readers: Sequence[Reader],
+        moved: Sequence[Tensor] = (),
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """What `run()` gives; the next replay overwrites it.
+
+        key: (tokens that are read, slots that are looked at). readers: those that read in `run`.
+        moved, generator: what else it changes.
+        """
+        with cuda.device(self.device):
+            if key not in self.graphs:
+                self.graphs[key] = self.record(key, run, readers, moved, generator)
+            graph, result = self.graphs[key]
+            graph.replay()
+        return result
+
+    def record(self, key, run, readers, moved, generator) -> tuple[cuda.CUDAGraph, Tensor]:
+        # the warm-up call below is a real one: what it changes is saved here and put back after it
+        T, slots = key
+        moved = [*moved, *(reader.positions for reader in readers)]
+        before = [buffer.clone() for buffer in moved]
+        drawn = generator.get_state() if generator else None
+        lengths = [reader.lengths for reader in readers]
+
+        def look() -> Tensor:
+            # a reader looks at its longest `lengths` + T slots, which only the host counts: so
+            # many. The device's own places are `positions`
+            for reader in readers:
+                reader.lengths = [slots - T] * len(reader.lengths)
+            return run()
+
+        # libraries set themselves up at a first call, which a recording must not see
+        main = cuda.current_stream()
+        self.stream.wait_stream(main)
+        with cuda.stream(self.stream):
+            look()
+        main.wait_stream(self.stream)
+
+        # that call is undone; what it wrote into the caches, the next one writes again
+        for buffer, old in zip(moved, before):
+            buffer.copy_(old)
+        if generator:
+            generator.set_state(drawn)
+
+        if self.pool is None:
+            self.pool = cuda.graph_pool_handle()
+        graph = cuda.CUDAGraph()
+        if generator:
+            graph.register_generator_state(generator)
+        with cuda.graph(graph, pool=self.pool, stream=self.stream):
+            result = look()
+        for reader, old in zip(readers, lengths):
+            reader.lengths = old
+        return graph, result
+
+
+# ---------------------------------------------------------------- a step of all models
+
+
 class Graphs:
-    """Decoding with one pair of models and one way of choosing, as `ivl.generate` has them."""
+    """Decoding with one choice of models and one way of choosing, see `ivl.token_by_token`."""
 
     def __init__(
         self,
         base: Llama,
-        value: Llama | None,
+        values: Sequence[Llama],
         *,
-        alpha: float = 1.0,
+        alphas: Sequence[float] | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
         vocabulary: int | None = None,
         choose: Callable[..., Tensor] = ivl.choose,
     ):
-        self.models = [base] if value is None else [base, value]
-        self.devices = [model.unembed.device for model in self.models]
-        self.device = self.devices[0]
-        self.apart = len(set(self.devices)) > 1
-        self.alpha = alpha
+        self.models = [base, *values]
+        self.device = base.unembed.device
+        self.alphas = alphas
         self.vocabulary = vocabulary
+        self.choose = choose
+        self.how = temperature, top_k, top_p
         self.generator = torch.Generator(self.device)
-        self.choose = lambda z: choose(z, temperature, top_k, top_p, self.generator)
+        self.recorder = Recorder(self.device)
 
-        # a stream of each device to record on; libraries keep memory for every stream they have met
-        self.streams = {}
-        for device in dict.fromkeys(self.devices):
-            with cuda.device(device):
-                self.streams[device] = cuda.Stream()
-
-        # the value model's kernels run in the gaps that the base's leave, unless it has to wait for
-        # the base, or for other ranks: their sums must come in one order
-        self.value_stream = None
-        waits = isinstance(value, Connected) or torch.distributed.is_initialized()
-        if value is not None and not waits and not self.apart:
+        # the value models' kernels run in the gaps that the base's leave, and before them where
+        # both are ready; unless they wait for the base, or for other ranks, whose sums must come in
+        # one order
+        self.beside = None
+        waits = torch.distributed.is_initialized()
+        waits |= any(isinstance(value, Connected) for value in values)
+        if values and not waits:
             with cuda.device(self.device):
-                self.value_stream = cuda.Stream()
+                self.beside = cuda.Stream(priority=-1)
 
         self.rows = 0
         self.slots = 0
-        self.readers = []
-        self.graphs = {}  # (slots looked at, device) → a graph, and where it leaves its result
-        self.pools = {}  # device → the memory that its graphs share
+        self.readers: list[Reader] = []
 
     @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        *,
-        seed: int = 0,
-        stop: Collection[int] = (),
-    ) -> Iterator[list[int | None]]:
-        """As `ivl.generate`, with the same tokens. One at a time: all share the caches."""
-        context = min(model.config.max_position_embeddings for model in self.models)
-        lengths = [len(prompt) for prompt in prompts]
-        running = [True] * len(prompts)
-        for ids in self.steps(prompts, max_new_tokens, seed):
-            yield [i if on else None for i, on in zip(ids, running)]
-
-            # a row ends at a stop token, or where its new token fills a model's context
-            lengths = [n + 1 for n in lengths]
-            running = [
-                on and i not in stop and n < context for i, on, n in zip(ids, running, lengths)
-            ]
-            if not any(running):
-                return
-
-    def steps(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, seed: int
-    ) -> Iterator[list[int]]:
-        """The new tokens of each step, which the host sees while the device does the next one."""
-        tokens, counts = ivl.padded(prompts)  # (B, T), (B,)
+    def rounds(self, replies: Replies, seed: int = 0) -> Iterator[list[list[int]]]:
+        """The same tokens as `ivl.token_by_token`. One text at a time: all share the caches."""
+        tokens, counts = ivl.padded(replies.texts)  # (B, T), (B,)
         B, T = tokens.shape
-        longest = T + max_new_tokens - 1  # tokens of a text that are read: all but the last one
+        # tokens of a text that are read: all but the last one
+        most = max(end - start for end, start in zip(replies.ends, replies.starts))
+        longest = T + most - 1
         self.make_ready(B, max(T, longest))
         self.generator.manual_seed(seed)
+        context = min(model.config.max_position_embeddings for model in self.models)
+        replies.limit([context - start for start in replies.starts])
 
         # the prompts are of any length, so reading them is not recorded
         for reader in self.readers:
             reader.back_to([0] * B)
         self.decide([reader.read(tokens, counts) for reader in self.readers])
+
         # end: how many tokens the longest text has once these new ones are read
         for end in range(T + 1, longest + 2):
             # these tokens are copied (`to` with non_blocking takes pinned memory), the next step is
@@ -123,116 +188,119 @@ class Graphs:
             ids = self.new.to("cpu", non_blocking=True)
             copied = cuda.current_stream(self.device).record_event()
             if end <= longest:
-                self.step(window(end))
+                self.recorder.replay(
+                    (1, window(end)), self.step, self.readers, [self.new], self.generator
+                )
             copied.synchronize()
-            yield ids.tolist()
+            yield [[i] for i in ids.tolist()]
 
     def make_ready(self, rows: int, slots: int) -> None:
         """Makes caches and buffers for so many texts of so many tokens, unless they are there."""
         if rows == self.rows and slots <= self.slots:
             return
-        # the old ones are given up first; graphs know the addresses of their caches, so they go too
-        self.readers, self.graphs, self.pools = [], {}, {}
+        # the old ones are given up first
+        self.recorder.forget()
+        self.readers = []
         self.rows, self.slots = rows, window(slots)
         self.readers = [model.reader(rows, self.slots) for model in self.models]
         self.new = torch.zeros(rows, dtype=torch.long, device=self.device)  # (B,)
-        # what each model reads next: on the base's device a view of `new`, elsewhere a copy of it
-        self.tokens = [self.new[:, None].to(device) for device in self.devices]  # (B, 1) each
 
     def decide(self, z: list[Tensor]) -> Tensor:
         """Leaves the next tokens (B,) in `new`, from the models' logits, (B, V) each."""
-        z_post = z[0]
-        if len(z) > 1:
-            z_post = ivl.combine(z[0], z[1].to(self.device), self.alpha)
-        return self.new.copy_(self.choose(z_post[:, : self.vocabulary]))
+        z_post = ivl.combine_all(z[0], z[1:], self.alphas)[:, : self.vocabulary]
+        return self.new.copy_(self.choose(z_post, *self.how, self.generator))
 
-    # ------------------------------------------------------------ one step, and its recording
-
-    def step(self, slots: int) -> None:
-        """Moves all texts on by one token; looks at so many slots of the caches."""
-        if not self.apart:
-            self.replay(slots, self.step_of_both, self.readers, self.device)
-            return
-
-        # on devices of their own, the models are a graph each, and meet in the choice (the base's
-        # tokens are `new` itself: that copy changes nothing)
-        for tokens in self.tokens:
-            tokens.copy_(self.new[:, None])
-        self.decide(
-            [
-                self.replay(slots, partial(reader.read, tokens), [reader], device)
-                for reader, tokens, device in zip(self.readers, self.tokens, self.devices)
-            ]
-        )
-
-    def step_of_both(self) -> Tensor:
-        """Both models read the last tokens, and the next ones are chosen."""
-        if self.value_stream is None:
-            return self.decide(
-                [reader.read(tokens) for reader, tokens in zip(self.readers, self.tokens)]
-            )
+    def step(self) -> Tensor:
+        """All models read the last tokens, and the next ones are chosen."""
+        of_base, *of_values = self.readers
+        tokens = self.new[:, None]  # (B, 1)
+        if self.beside is None:
+            return self.decide([reader.read(tokens) for reader in self.readers])
         main = cuda.current_stream()
-        self.value_stream.wait_stream(main)
-        with cuda.stream(self.value_stream):
-            z_delta = self.readers[1].read(self.tokens[1])
-        z_base = self.readers[0].read(self.tokens[0])
-        main.wait_stream(self.value_stream)
-        return self.decide([z_base, z_delta])
-
-    def replay(
-        self, slots: int, run: Callable[[], Tensor], readers: list, device: torch.device
-    ) -> Tensor:
-        """Replays `run()`, recorded at first; the next replay overwrites what this one gives."""
-        key = slots, device
-        with cuda.device(device):
-            if key not in self.graphs:
-                self.graphs[key] = self.record(slots, run, readers, device)
-            graph, result = self.graphs[key]
-            graph.replay()
-        return result
-
-    def record(
-        self, slots: int, run: Callable[[], Tensor], readers: list, device: torch.device
-    ) -> tuple[cuda.CUDAGraph, Tensor]:
-        """`run()` as a graph that looks at `slots` slots of each cache, and where its result is."""
-        # the warm-up call below is a real step: what it changes is saved here and put back after it
-        inner = [part for reader in readers for part in parts(reader)]
-        moved = [part.positions for part in inner] + [self.new]
-        before = [buffer.clone() for buffer in moved]
-        generator_state = self.generator.get_state()
-
-        def look() -> Tensor:
-            # a reader looks at its longest `lengths` + 1 slots, which only the host counts: so
-            # many. The true places are `positions`; `lengths` is wrong until `back_to`
-            for part in inner:
-                part.lengths = [slots - 1] * self.rows
-            return run()
-
-        # libraries set themselves up at a first call, which a recording must not see
-        stream, main = self.streams[device], cuda.current_stream()
-        stream.wait_stream(main)
-        with cuda.stream(stream):
-            look()
-        main.wait_stream(stream)
-
-        # that call is undone; what it wrote into the caches, the next one writes again
-        for buffer, old in zip(moved, before):
-            buffer.copy_(old)
-        self.generator.set_state(generator_state)
-
-        # graphs of one device never run at the same time, so they share their memory
-        if device not in self.pools:
-            self.pools[device] = cuda.graph_pool_handle()
-        graph = cuda.CUDAGraph()
-        if device == self.device:
-            graph.register_generator_state(self.generator)
-        with cuda.graph(graph, pool=self.pools[device], stream=stream):
-            result = look()
-        return graph, result
+        self.beside.wait_stream(main)
+        with cuda.stream(self.beside):
+            z_deltas = [reader.read(tokens) for reader in of_values]
+        z_base = of_base.read(tokens)
+        main.wait_stream(self.beside)
+        return self.decide([z_base, *z_deltas])
 
 
-def parts(reader) -> list[Reader]:
-    """The `model.Reader`s inside: itself, or a `ProxyReader`'s; mapped bases have no graphs."""
-    if isinstance(reader, Reader):
-        return [reader]
-    return [part for inner in reader.readers for part in parts(inner)]
+class Kept:
+    """`Graphs` for each choice of models, kept as long as the way of choosing stays the same:
+    recording takes time, and a cache memory.
+    """
+
+    def __init__(self):
+        self.graphs: dict[tuple, tuple[dict, Graphs]] = {}
+
+    def rounds(
+        self, base: Llama, values: Sequence[Llama], replies: Replies, *, seed: int = 0, **how
+    ) -> Iterator[list[list[int]]]:
+        """With the arguments of `ivl.token_by_token`."""
+        models = base, *values
+        if models not in self.graphs or self.graphs[models][0] != how:
+            self.graphs.pop(models, None)  # its caches go before there are new ones
+            self.graphs[models] = how, Graphs(base, values, **how)
+        return self.graphs[models][1].rounds(replies, seed)
+
+
+# ---------------------------------------------------------------- the reads of one model
+
+
+class Recorded:
+    """A model whose short reads are recorded, and else the model itself."""
+
+    def __init__(self, model: Llama):
+        self.model = model
+        self.kept: RecordedReader | None = None
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def unembed(self) -> Tensor:
+        return self.model.unembed
+
+    def reader(self, rows: int, slots: int) -> "RecordedReader":
+        """The last one, if it serves: one text at a time."""
+        kept = self.kept
+        if kept is None or len(kept.lengths) != rows or kept.cache.slots < window(slots):
+            self.kept = None  # freed before there is another
+            self.kept = RecordedReader(self.model, rows, window(slots))
+        self.kept.back_to([0] * rows)
+        return self.kept
+
+
+class RecordedReader(Reader):
+    """A `model.Reader` of which reads of a few tokens are CUDA graphs.
+
+    What `hidden` gives is overwritten by the next read of as many tokens; logits are not.
+    """
+
+    def __init__(self, model: Llama, rows: int, slots: int):
+        super().__init__(model, rows, slots)
+        self.recorder = Recorder(self.device)
+        self.tokens: dict[int, Tensor] = {}  # T → (B, T), what a recorded read of T tokens reads
+
+    def hidden(self, tokens: Tensor, counts: Tensor | None = None) -> Tensor:
+        T = tokens.shape[1]
+        begun = max(self.lengths)
+        if begun + T > self.cache.slots:
+            self.recorder.forget()  # the cache goes to other memory
+            self.cache.grow(window(begun + T))
+        # the first tokens need no mask, so they are read in another way; many come in any number
+        if begun == 0 or T > FEW:
+            return super().hidden(tokens, counts)
+
+        if T not in self.tokens:
+            self.tokens[T] = torch.empty_like(tokens, device=self.device)
+        inputs = self.tokens[T].copy_(tokens)
+        read = super().hidden
+        h = self.recorder.replay((T, window(begun + T)), lambda: read(inputs), [self])
+
+        # the recorded read takes all tokens for real ones
+        self.lengths = [length + T for length in self.lengths]
+        if counts is not None:
+            self.back_to([n - T + count for n, count in zip(self.lengths, counts.tolist())])
+        return h

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ivl import combine, padded
+from ivl import combine_all, padded
 from model import Llama
 
 EXAMPLES = 32  # contexts whose first tokens agree form a group; a shorter beginning is read again
@@ -52,18 +52,18 @@ class Likelihood(NamedTuple):
 @torch.inference_mode()
 def log_likelihoods(
     base: Llama,
-    value: Llama | None,
+    values: Sequence[Llama],
     questions: Sequence[Question],
     batch_size: int,
     *,
-    alpha: float = 1.0,
+    alphas: Sequence[float] | None = None,
     vocabulary: int | None = None,
     differing: Collection[int] = (),
 ) -> Iterator[dict[int, Likelihood]]:
     """The likelihoods under z_post, batch by batch: the number of a question → its likelihood.
 
-    base, value, alpha, vocabulary: as `ivl.generate` takes them. differing: ids among the first
-    `vocabulary` that mean something else to each model, so the pair never says them.
+    base, values, alphas, vocabulary: as `ivl.token_by_token` takes them. differing: ids among the
+    first `vocabulary` that mean something else to each model, so the pair never says them.
     batch_size: so many contexts are read at a time.
     """
     # context → stem → the questions that end there; the longest answers first: in each turn the
@@ -73,14 +73,14 @@ def log_likelihoods(
         context, answer = questions[k]
         stems.setdefault(context, {}).setdefault(answer[:-1], []).append(k)
     longest = sum(max((len(part) for part in parts), default=0) for parts in zip(*questions))
-    models = [base] if value is None else [base, value]
+    models = [base, *values]
     V = max(len(model.unembed) for model in models)
     never = torch.tensor(sorted(differing), device=base.unembed.device, dtype=torch.long)
 
     def log_p(z: list[Tensor]) -> Tensor:
         """log softmax of z_post.  z: of each model (..., V) → (..., V)"""
-        z_post = z[0] if value is None else combine(z[0], z[1].to(z[0].device), alpha)
-        return z_post[..., :vocabulary].index_fill(-1, never, -torch.inf).log_softmax(-1)
+        z_post = combine_all(z[0], z[1:], alphas)[..., :vocabulary]
+        return z_post.index_fill(-1, never, -torch.inf).log_softmax(-1)
 
     readers: list = []
     before: list[tuple[int, ...]] = []  # the contexts that the readers have read

@@ -113,7 +113,7 @@ class Server(ThreadingHTTPServer):
         stops = [wanted["stop"]] if wanted["stop"] in TEXT else wanted["stop"]
         reply = sample.GrowingReply(speaker.tokenizer, [*speaker.args.stop, *filter(None, stops)])
         choice = {key: wanted[key] for key in ("temperature", "top_p") if wanted[key] is not None}
-        generate = speaker.decoder(speaker.base, speaker.value, **choice)
+        generate = speaker.decoder(speaker.base, speaker.values, **choice)
 
         # without a seed each reply is another one
         seed = secrets.randbelow(2**31) if wanted["seed"] is None else wanted["seed"]

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 TESTS = {  # each source file, and the arguments of pytest for the tests beside it
-    "ivl.py": ["test_ivl.py", "test_kernels.py"],
+    "ivl.py": ["test_ivl.py", "test_kernels.py", "test_graphs.py", "test_speculative.py"],
     "model.py": ["test_model.py", "test_ivl.py"],
     "plumbing/chats.py": ["test_chats.py", "test_data.py"],
     "plumbing/tokenizer.py": ["test_data.py", "test_chats.py", "test_trust.py"],
@@ -47,12 +47,13 @@ TESTS = {  # each source file, and the arguments of pytest for the tests beside 
     "extras/graphs.py": ["test_graphs.py"],
     "extras/harness.py": ["test_evaluate.py"],
     "extras/likelihood.py": ["test_likelihood.py", "test_evaluate.py"],
+    "extras/int8.py": ["test_int8.py"],
     "extras/losses.py": ["test_losses.py", "test_train.py"],
     "extras/mapped.py": ["test_vocab_map.py"],
     "extras/mt_bench.py": ["test_mt_bench.py", "test_evaluate.py"],
     "extras/page.py": ["test_page.py"],
-    "extras/proxy.py": ["test_connections.py", "test_graphs.py", "test_devices.py"],
     "extras/rehearse.py": ["test_verdict.py"],
+    "extras/speculative.py": ["test_speculative.py"],
     "extras/sandbox.py": ["test_sandbox.py"],
     "extras/serve.py": ["test_serve.py"],
     "extras/show.py": ["test_chats.py"],

@@ -13,7 +13,6 @@ from conftest import assert_refused
 import ivl
 from extras import connections
 from extras.connections import Probe, connected, value_input
-from extras.proxy import Proxy
 from model import CONNECTIONS, load, recorded_connection
 from plumbing.files import InputError
 from plumbing.tokenizer import TextStream, Tokenizer
@@ -53,7 +52,7 @@ def z_delta(connection, base, value, ids):
 @pytest.mark.parametrize("chunk", [1, 3 * 330, 10**9])
 @pytest.mark.parametrize("connection", CONNECTIONS)
 def test_forward_and_gradient_equal_the_equation(models, monkeypatch, connection, chunk):
-    monkeypatch.setitem(ivl.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(ivl, "CPU_LOGITS", chunk)
     base, value = models[0], models[2 if connection == "probe" else 1]
     ids = torch.randint(3, 200, (3, 11), generator=torch.Generator().manual_seed(0))
     targets = ids.roll(-1, 1)
@@ -113,12 +112,9 @@ def test_cached_equals_uncached_and_batched_equals_single(models, connection):
     base, value = models[0], models[2 if connection == "probe" else 1]
 
     def reply(prompts):
-        return [
-            list(column)
-            for column in zip(
-                *ivl.generate(*connected(connection, base, value), prompts, 25, alpha=0.7)
-            )
-        ]
+        of_base, of_value = connected(connection, base, value)
+        steps = ivl.generate(of_base, [of_value], prompts, 25, alphas=[0.7])
+        return [list(column) for column in zip(*steps)]
 
     together = reply(PROMPTS)
     assert together == [slow(connection, base, value, prompt, 25, 0.7) for prompt in PROMPTS]
@@ -134,11 +130,23 @@ def test_proxy_tuning_is_expert_minus_antiexpert(models, value_dir):
     for _ in range(20):
         x = torch.tensor([expected])
         expected.append(int((base(x) + 0.7 * (expert(x) - anti(x)))[0, -1].argmax()))
-    assert [
-        ids[0] for ids in ivl.generate(base, Proxy(expert, anti), [prompt], 20, alpha=0.7)
-    ] == expected[3:]
-    alone = [ids[0] for ids in ivl.generate(base, None, [prompt], 20)]
-    assert [ids[0] for ids in ivl.generate(base, Proxy(expert, expert), [prompt], 20)] == alone
+    steps = ivl.generate(base, [expert, anti], [prompt], 20, alphas=[0.7, -0.7])
+    assert [ids[0] for ids in steps] == expected[3:]
+    alone = [ids[0] for ids in ivl.generate(base, [], [prompt], 20)]
+    steps = ivl.generate(base, [expert, expert], [prompt], 20, alphas=[1, -1])
+    assert [ids[0] for ids in steps] == alone
+
+
+@torch.no_grad()
+def test_two_value_models_add_up(models, value_dir):
+    base, one, other = models[0], models[1], load(value_dir)
+    other.norm.weight.mul_(-0.5)
+    prompt, expected = [1, 20, 30], [1, 20, 30]
+    for _ in range(20):
+        x = torch.tensor([expected])
+        expected.append(int((base(x) + one(x) + 0.5 * other(x))[0, -1].argmax()))
+    steps = ivl.generate(base, [one, other], [prompt], 20, alphas=[1, 0.5])
+    assert [ids[0] for ids in steps] == expected[3:]
 
 
 @pytest.mark.parametrize("connection", ["residual", "cascade", "cascade+"])
@@ -151,40 +159,31 @@ def test_no_model_looks_at_more_of_its_cache_than_has_been_read(models, monkeypa
         return attention(q, k, *others, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    steps = ivl.generate(*connected(connection, *models[:2]), [[1, 20, 30]], 200)
+    base, value = connected(connection, *models[:2])
+    steps = ivl.generate(base, [value], [[1, 20, 30]], 200)
     for _ in range(3):
         next(steps)
     assert max(widths) <= 8
 
 
-def test_a_batch_by_proxy_is_each_of_its_texts_by_itself(models, value_dir):
+def test_a_batch_by_an_expert_and_its_antiexpert_is_each_of_its_texts_by_itself(models, value_dir):
     base, expert, anti = models[0], models[1], load(value_dir)
     torch.nn.init.ones_(anti.norm.weight)
-    proxy = Proxy(expert, anti)
-    together = list(zip(*ivl.generate(base, proxy, PROMPTS, 20)))
-    assert together == [next(zip(*ivl.generate(base, proxy, [row], 20))) for row in PROMPTS]
-    assert together != list(zip(*ivl.generate(base, None, PROMPTS, 20)))
+
+    def replies(values, prompts):
+        alphas = [1.0, -1.0][: len(values)]
+        return list(zip(*ivl.generate(base, values, prompts, 20, alphas=alphas)))
+
+    together = replies([expert, anti], PROMPTS)
+    assert together == [replies([expert, anti], [row])[0] for row in PROMPTS]
+    assert together != replies([], PROMPTS)
 
 
-def test_a_proxy_has_the_shorter_context_of_its_two(models, value_dir):
+def test_the_shortest_context_ends_a_reply(models, value_dir):
     expert, anti = load(value_dir), load(value_dir)
     anti.config.max_position_embeddings = 40
-    for pair in ((expert, anti), (anti, expert)):
-        assert Proxy(*pair).config.max_position_embeddings == 40
-        reply = list(ivl.generate(models[0], Proxy(*pair), [[1, 20, 30]], 100))
-        assert len(reply) == 40 - 3
-
-
-@torch.inference_mode()
-def test_a_proxy_reads_several_tokens_as_one_by_one(models, value_dir):
-    expert, anti = models[1], load(value_dir)
-    anti.norm.weight.fill_(1.0)
-    proxy, tokens = Proxy(expert, anti), torch.tensor([[20, 30, 40], [5, 6, 7]])
-    reader, again = proxy.reader(2, 8), proxy.reader(2, 8)
-    each = reader.read_each(tokens)
-    one_by_one = [again.read(column[:, None]) for column in tokens.unbind(1)]
-    torch.testing.assert_close(each, torch.stack(one_by_one, 1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(each, expert(tokens) - anti(tokens), atol=1e-4, rtol=1e-4)
+    for values in ([expert, anti], [anti, expert]):
+        assert len(list(ivl.generate(models[0], values, [[1, 20, 30]], 100))) == 40 - 3
 
 
 # ---------------------------------------------------------------- the probe and the record
@@ -299,14 +298,13 @@ def test_train_then_evaluate_then_sample(
         )
 
 
-@pytest.mark.parametrize("option", ["--map", "--antiexpert", "--value_device", "--draft"])
+@pytest.mark.parametrize("option", ["--map", "--antiexpert", "--draft"])
 def test_what_waits_for_the_base_cannot_do_without_it(run, base_dir, value_dir, tmp_path, option):
     shutil.copytree(value_dir, tmp_path / "value")
     connections.record_connection(tmp_path / "value", "cascade")
     given = {
         "--map": tmp_path / "map.safetensors",
         "--antiexpert": value_dir,
-        "--value_device": "cpu",
         "--draft": base_dir,
     }[option]
     if option == "--map":

@@ -16,7 +16,6 @@ import ivl
 from extras import explain, mapped
 from extras.connections import Connected, Probe
 from extras.mapped import Bridge, Mapped
-from extras.proxy import Proxy
 from model import Config, Llama
 from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
@@ -28,9 +27,6 @@ PAIRS = [
     "one device",
     "two devices",
     "base alone",
-    "proxy beside",
-    "proxy on the second",
-    "proxy on both",
     "cascade",
     "cascade+",
     "probe",
@@ -156,35 +152,29 @@ def llama(device, **changes):
 
 
 def pair(name):
-    """A base on the first GPU, and a value model."""
+    """A base on the first GPU, and its value models."""
     base, small = llama(FIRST), functools.partial(llama, hidden_size=16)
     match name:
         case "one device":
-            return base, small(FIRST)
+            return base, [small(FIRST)]
         case "two devices":
-            return base, small(SECOND)
+            return base, [small(SECOND)]
         case "base alone":
-            return base, None
-        case "proxy beside":
-            return base, Proxy(small(FIRST), small(FIRST, vocab_size=128))
-        case "proxy on the second":
-            return base, Proxy(small(SECOND), small(SECOND, vocab_size=128))
-        case "proxy on both":
-            return base, Proxy(small(SECOND), small(FIRST, vocab_size=128))
+            return base, []
         case "probe":
             with torch.device("meta"):
                 probe = Probe(base.config)
             value = Connected("probe", placed(probe, FIRST))
         case connection:
             value = Connected(connection, small(FIRST))
-    return value.watched(base), value
+    return value.watched(base), [value]
 
 
 # ---------------------------------------------------------------- what they notice
 
 
 def test_gpus_that_are_not_there_refuse_to_meet(gpus):
-    base, value = pair("two devices")
+    base, (value,) = pair("two devices")
     tokens = torch.zeros(2, 3, dtype=torch.long)
     with pytest.raises(Exception, match="cuda:0.*cpu|cpu.*cuda:0"):
         base(tokens)
@@ -227,7 +217,8 @@ def test_indexing_in_single_operations_is_indexing():
 def test_a_model_reads_wherever_it_is(gpus, name):
     """Tokens may come from another device, as those that the base has chosen do."""
     tokens, counts = ivl.padded(PROMPTS)
-    models = [model for model in pair(name) if model is not None]
+    base, values = pair(name)
+    models = [base, *values]
     readers = [model.reader(3, 12) for model in models]
     for device in (torch.device("cpu"), FIRST, SECOND):
         next_tokens = torch.zeros(3, 1, dtype=torch.long, device=device)
@@ -249,8 +240,9 @@ def test_a_model_reads_wherever_it_is(gpus, name):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_decodes_wherever_its_models_are(gpus, name, way):
-    base, value = pair(name)
-    steps = list(ivl.generate(base, value, PROMPTS, 4, alpha=0.7, vocabulary=110, **way))
+    base, values = pair(name)
+    how = {"alphas": [0.7] * len(values), "vocabulary": 110, **way}
+    steps = list(ivl.generate(base, values, PROMPTS, 4, **how))
     assert steps == [[5, 5, 5]] * 4
 
 
@@ -279,7 +271,7 @@ def test_a_mapped_base_and_its_value_model(monkeypatch, gpus, tokenizers, device
     sizes = [len(side.bytes) for side in (mapping.base, mapping.value)]
     base = Mapped(llama(FIRST, vocab_size=sizes[0]), mapping)
     value = llama(device, vocab_size=sizes[1])
-    steps = list(ivl.generate(base, value, PROMPTS, 3))
+    steps = list(ivl.generate(base, [value], PROMPTS, 3))
     assert steps == [[5, 5, 5]] * 3
     reader = base.reader(3, 12)
     for _ in range(2):
@@ -292,5 +284,5 @@ def test_who_said_it_of_models_on_two_devices(gpus, tokenizers):
     V = len(tokenizers[0].tokens)
     base, value = llama(FIRST, vocab_size=V), llama(SECOND, vocab_size=V)
     reply = [5, 6, 7]
-    z = explain.read_again(base, value, PROMPTS[0], reply)
+    z = explain.read_again(base, [value], PROMPTS[0], reply)
     assert len(explain.who_said(*z, tokenizers[0], reply)) == 3

@@ -41,9 +41,9 @@ def test_replies_are_counted_and_the_first_of_a_kind_is_shown(run, tmp_path, mon
     save_model(small, tokenizer, bases.parent / "small", "small", Settings(**reproduce.VALUE))
 
     # the probe says nothing but one fact too little, then two about somebody else
-    def greedy(base, value, tokenizer, chats):
+    def greedy(base, values, tokenizer, chats):
         right = [chat[-1]["content"] for chat in chats]
-        if value is not small and not isinstance(value, failures.Llama):
+        if not isinstance(values[0], failures.Llama):
             facts = [re.search(family.SENTENCE, text)[0] for text in right]
             wrong = [fact.rsplit(" ", 1)[0] + " nothing." for fact in facts]
             return [text.replace(a, b) for text, a, b in zip(right, facts, wrong)]

@@ -103,7 +103,7 @@ def test_scores(monkeypatch, tmp_path):
     monkeypatch.setattr(
         toy, "greedy", lambda base, value, tokenizer, chats: said[chats[0][1]["content"]]
     )
-    scores = family.score(None, None, None, tmp_path, ["form", "right", "skill", "new"])
+    scores = family.score(None, [], None, tmp_path, ["form", "right", "skill", "new"])
     assert scores == {"right": 0.25, "form": 0.5, "skill": 0.5, "new": 0.75}
 
 

@@ -13,7 +13,6 @@ import extras.rehearse
 import sample
 import train as trainer
 from experiments import toy
-from extras import speculative
 from model import Llama
 from plumbing.files import InputError
 
@@ -266,7 +265,7 @@ SAMPLE = {
     "out": ["--out", "OUT"],
     "batch_size": ["--batch_size", "1"],
     "device": ["--device", "cuda:99"],
-    "value_device": ["--value_device", "cuda:99"],
+    "drafted": ["--drafted", "3"],
     "dtype": ["--dtype", "bfloat16"],
     "base_dtype": ["--base_dtype", "int8"],
     "compile": ["--compile"],
@@ -283,7 +282,8 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
     places = {"BASE": base_dir, "VALUE": value_dir, "OTHER": other, "PROMPTS": prompts, "OUT": out}
     calls = []
 
-    def generate(base, value, prompts, max_new_tokens, draft=None, **options):
+    def generate(base, values, prompts, max_new_tokens, rounds, **options):
+        drafts = getattr(rounds, "__self__", None)
         models = [
             (
                 type(model).__name__,
@@ -291,19 +291,15 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
                 "hidden" in vars(model),
                 float(model.unembed.detach().to(torch.float64).sum()),
             )
-            for model in (base, value, draft)
-            if model is not None
+            for model in [base, *values, *([drafts.draft] if drafts else [])]
         ]
+        options["drafted"] = drafts.drafted if drafts else 0
         options = {name: str(option) for name, option in options.items()}
         calls.append((models, prompts, max_new_tokens, options))
         yield [5] * len(prompts)
         yield [2] * len(prompts)
 
-    def drafted(base, draft, *others, **options):
-        return generate(base, *others, draft=draft, **options)
-
     monkeypatch.setattr(sample, "generate", generate)
-    monkeypatch.setattr(speculative, "generate", drafted)
     monkeypatch.setattr(torch, "compile", lambda hidden, **_: hidden)
     monkeypatch.setattr(sample, "column_major", lambda model: model)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))

@@ -1,7 +1,9 @@
 """A step of decoding as a CUDA graph: on a GPU where there is one, and rehearsed on the CPU."""
 
 import contextlib
-from types import SimpleNamespace
+import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -11,24 +13,26 @@ from torch.utils._pytree import tree_leaves
 import ivl
 from extras import graphs
 from extras.connections import Connected
-from extras.graphs import Graphs
-from extras.proxy import Proxy
+from extras.graphs import Graphs, Kept, Recorded
+from extras.speculative import Drafts
 from model import Config, Llama, Reader, load
 
 PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]
 WAYS = [dict(), dict(temperature=1.0, top_k=20, top_p=0.9, seed=3)]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-needs_two = pytest.mark.skipif(
-    torch.cuda.device_count() < 2, reason="there are not two CUDA devices"
-)
 
 
-def plain(base, value, prompts=PROMPTS, new=40, **options):
-    return list(ivl.generate(base, value, prompts, new, **options))
+def plain(base, values, prompts=PROMPTS, new=40, **options):
+    return list(ivl.generate(base, values, prompts, new, **options))
 
 
-def replies(pair, prompts=PROMPTS, new=40, **options):
-    return list(pair.generate(prompts, new, **options))
+def replies(pair, prompts=PROMPTS, new=40, seed=0, stop=()):
+    """Of `Graphs`, which know their models."""
+
+    def rounds(base, values, replies):
+        return pair.rounds(replies, seed)
+
+    return list(ivl.generate(None, [], prompts, new, stop=stop, rounds=rounds))
 
 
 def split(way):
@@ -66,28 +70,21 @@ def on_cuda(base_dir, value_dir):
 def test_the_graph_decodes_as_the_plain_step_does(on_cuda, monkeypatch, way, alone):
     monkeypatch.setattr(graphs, "SHORTEST", 16)  # so that three graphs are recorded on the way
     base, value = on_cuda
-    value = None if alone else value
+    values = [] if alone else [value]
     options, own = split(way)
-    pair = Graphs(base, value, **options)
-    expected = plain(base, value, **way)
+    pair = Graphs(base, values, **options)
+    expected = plain(base, values, **way)
     for _ in range(2):
         assert replies(pair, **own) == expected
 
 
 @needs_cuda
 def test_the_graph_stops_where_the_plain_step_stops(on_cuda):
-    free = plain(*on_cuda)
+    base, *values = on_cuda
+    free = plain(base, values)
     stop = stopping(free)
-    assert replies(Graphs(*on_cuda), stop=stop) == cut(free, stop) == plain(*on_cuda, stop=stop)
-
-
-@needs_two
-@pytest.mark.parametrize("way", WAYS)
-def test_the_value_model_on_a_second_device(on_cuda, value_dir, monkeypatch, way):
-    monkeypatch.setattr(graphs, "SHORTEST", 16)
-    options, own = split(way)
-    pair = Graphs(on_cuda[0], load(value_dir, "cuda:1"), **options)
-    assert replies(pair, **own) == plain(*on_cuda, **way)
+    expected = cut(free, stop)
+    assert replies(Graphs(base, values), stop=stop) == expected == plain(base, values, stop=stop)
 
 
 # ---------------------------------------------------------------- a CUDA that is not there
@@ -141,8 +138,8 @@ class Recording(TorchDispatchMode):
     def replay(self):
         for func, args, kwargs, out, fresh in self.calls:
             again = func(*args, **kwargs)
-            for old, new, copy in zip(tensors(out), tensors(again), fresh, strict=True):
-                if copy:
+            for old, new, copied in zip(tensors(out), tensors(again), fresh, strict=True):
+                if copied:
                     old.copy_(new)
 
 
@@ -171,7 +168,7 @@ class FakeCuda:
         self.warm = set()  # streams that were used since the last recording
         self.current = [Stream(self)]
 
-    def Stream(self):
+    def Stream(self, priority=0):
         self.made["streams"] += 1
         return Stream(self)
 
@@ -341,80 +338,158 @@ def test_a_recording_executes_nothing_and_a_replay_everything(cuda):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("value", ["residual", "none", "cascade", "cascade+", "proxy", "apart"])
+@pytest.mark.parametrize("value", ["residual", "two", "none", "cascade", "cascade+"])
 def test_the_rehearsed_graph_decodes_as_the_plain_step_does(cuda, models, way, value):
     base, small, other = models
-    recordings, streams = 3, 2  # of 16, 32, 64 slots; a stream to record on, and one beside
+    streams = 2  # a stream to record on, and one beside
+    alphas = [0.7]
     match value:
         case "residual":
-            value = small
+            values = [small]
+        case "two":
+            values = [small, other]
+            alphas = [0.7, -0.7]
         case "none":
-            value = None
+            values, alphas = [], []
             streams = 1
-        case "proxy":
-            value = Proxy(small, other)
-        case "apart":
-            value = OnSecond(small)
-            recordings = 6  # each model by itself
         case connection:
-            value = Connected(connection, small)
-            base = value.watched(base)
+            values = [Connected(connection, small)]
+            base = values[0].watched(base)
             streams = 1
     options, own = split(way)
-    expected = plain(base, value, alpha=0.7, vocabulary=110, **way)
-    pair = Graphs(base, value, alpha=0.7, vocabulary=110, **options)
+    expected = plain(base, values, alphas=alphas, vocabulary=110, **way)
+    pair = Graphs(base, values, alphas=alphas, vocabulary=110, **options)
     for _ in range(2):
         assert replies(pair, **own) == expected
-    assert cuda.made["recordings"] == recordings
-    assert cuda.made["replays"] == 2 * 39 * recordings // 3
+    assert cuda.made["recordings"] == 3  # of 16, 32, 64 slots
+    assert cuda.made["replays"] == 2 * 39
     assert cuda.made["streams"] == streams
 
 
-class OnSecond:
-    """A model that says it is on another device."""
+def test_graphs_are_kept_until_the_way_of_choosing_changes(cuda, models):
+    base, small, other = models
+    rounds = Kept().rounds
+    for _ in range(2):
+        for values in ([small], [other], []):
+            steps = ivl.generate(base, values, PROMPTS, 40, rounds=rounds)
+            assert list(steps) == plain(base, values)
+    assert cuda.made["recordings"] == 3 * 3
+    for alpha in (0.5, 0.5):
+        steps = ivl.generate(base, [small], PROMPTS, 40, alphas=[alpha], rounds=rounds)
+        assert list(steps) == plain(base, [small], alphas=[alpha])
+    assert cuda.made["recordings"] == 4 * 3
 
-    def __init__(self, model):
-        self.config = model.config
-        self.reader = model.reader
-        self.unembed = SimpleNamespace(device=torch.device("cpu", 1))
+
+def test_graphs_die_with_their_owner(cuda, models):
+    """NCCL waits at its end until all graphs are gone, and each holds caches: they are not to wait
+    for the garbage collector.
+    """
+    base, value, _ = models
+    gc.disable()
+    try:
+        pair = Graphs(base, [value], temperature=1.0)
+        replies(pair)
+        recorded = Recorded(base)
+        reader = recorded.reader(1, 64)
+        reader.read(torch.tensor([[1, 2]]))
+        reader.read(torch.tensor([[3]]))
+        owners = [weakref.ref(pair), weakref.ref(pair.readers[0]), weakref.ref(reader)]
+        del pair, recorded, reader
+        assert [owner() for owner in owners] == [None] * 3
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_recorded_reads_are_those_of_a_plain_reader(cuda, models, rows):
+    """Reads of one token and of several, of rows with padding, after going back, and past the
+    slots that there were.
+    """
+    base = models[0]
+    recorded = Recorded(base)
+    for _ in range(2):  # the second time with what the first has recorded
+        reader, again = recorded.reader(rows, 16), base.reader(rows, 16)
+        generator = torch.Generator().manual_seed(0)
+
+        def both(T, counts=None):
+            tokens = torch.randint(3, 110, (rows, T), generator=generator)
+            counts = None if counts is None else torch.tensor(counts[:rows])
+            z = [each.read(tokens, counts) for each in (reader, again)]
+            torch.testing.assert_close(*z, atol=1e-4, rtol=1e-4)
+            assert reader.lengths == again.lengths
+            assert torch.equal(reader.positions, again.positions)
+
+        both(5, [5, 2, 4])
+        for T in (1, 1, 4, 1):
+            both(T)
+        both(3, [1, 3, 2])
+        for each in (reader, again):
+            each.back_to([4, 2, 3][:rows])
+        both(1)
+        for _ in range(20):
+            both(1)
+        tokens = torch.randint(3, 110, (rows, 3), generator=generator)
+        z = [each.read_each(tokens) for each in (reader, again)]
+        torch.testing.assert_close(*z, atol=1e-4, rtol=1e-4)
+    assert cuda.made["replays"] > 50 and cuda.made["recordings"] < 16
+
+
+def test_a_round_of_drafted_tokens_is_replayed(cuda, models, monkeypatch):
+    base, value, _ = models
+    expected = plain(base, [value])
+    monkeypatch.setattr(Drafts, "fast", recording)
+    drafts = Drafts(copy.deepcopy(base), 3)
+    for _ in range(2):
+        steps = ivl.generate(base, [value], PROMPTS, 40, rounds=drafts.rounds)
+        assert list(steps) == expected
+    # of each round the value model reads four times, the draft three times, the base once; but for
+    # the draft's first read, which is of the prompt
+    rounds = (40 - 1) // 4
+    assert drafts.stood == drafts.tried and cuda.made["replays"] >= 2 * (8 * rounds - 1)
+
+
+def recording(drafts, model):
+    return drafts.recorded.setdefault(model, Recorded(model))
 
 
 def test_the_rehearsed_graph_stops_where_the_plain_step_stops(cuda, models):
-    base, value, _ = models
-    free = plain(base, value)
+    base, *values, _ = models
+    free = plain(base, values)
     stop = stopping(free)
     assert max(map(len, map(set, zip(*free)))) > 5  # no text that only repeats itself
     assert (
-        replies(Graphs(base, value), stop=stop) == cut(free, stop) == plain(base, value, stop=stop)
+        replies(Graphs(base, values), stop=stop)
+        == cut(free, stop)
+        == plain(base, values, stop=stop)
     )
 
 
 @pytest.mark.parametrize("new", [0, 1, 2, 9, 100])
 def test_the_rehearsed_graph_ends_with_the_context_or_with_the_tokens_asked_for(cuda, models, new):
-    base, value, _ = models
-    expected = plain(base, value, new=new)
-    assert replies(Graphs(base, value), new=new) == expected
+    base, *values, _ = models
+    expected = plain(base, values, new=new)
+    assert replies(Graphs(base, values), new=new) == expected
     assert len(expected) == min(new, 62)  # the shortest prompt, of 2 tokens, fills 64
 
 
 def test_texts_of_another_number_and_seed_follow_each_other(cuda, models):
     """Each as if it were the first."""
-    base, value, _ = models
-    pair = Graphs(base, value, temperature=1.0)
+    base, *values, _ = models
+    pair = Graphs(base, values, temperature=1.0)
     for prompts, seed in ([PROMPTS, 3], [PROMPTS[:1], 4], [PROMPTS, 5], [PROMPTS[::-1], 3]):
         assert replies(pair, prompts, seed=seed) == plain(
-            base, value, prompts, temperature=1.0, seed=seed
+            base, values, prompts, temperature=1.0, seed=seed
         )
 
 
 def test_a_text_that_is_broken_off_leaves_no_trace(cuda, models):
-    base, value, _ = models
-    pair = Graphs(base, value, temperature=1.0)
-    broken = pair.generate(PROMPTS, 40, seed=4)
+    base, *values, _ = models
+    pair = Graphs(base, values, temperature=1.0)
+    broken = pair.rounds(ivl.Replies(PROMPTS, 40), seed=4)
     for _ in range(12):
         next(broken)
     broken.close()
-    assert replies(pair, seed=3) == plain(base, value, temperature=1.0, seed=3)
+    assert replies(pair, seed=3) == plain(base, values, temperature=1.0, seed=3)
 
 
 @pytest.fixture
@@ -432,8 +507,8 @@ def caches(monkeypatch):
 
 
 def test_graphs_and_caches_and_streams_are_made_once(cuda, models, caches):
-    base, value, _ = models
-    pair = Graphs(base, value)
+    base, *values, _ = models
+    pair = Graphs(base, values)
     replies(pair)
     made = {**cuda.made, "replays": None}
     assert made["recordings"] == 3 and caches == [64, 64]  # graphs of 16, 32, 64 slots
@@ -445,8 +520,8 @@ def test_graphs_and_caches_and_streams_are_made_once(cuda, models, caches):
 
 
 def test_texts_that_fill_the_caches_exactly_use_them_again(cuda, models, caches):
-    base, value, _ = models
-    pair = Graphs(base, value)
+    base, *values, _ = models
+    pair = Graphs(base, values)
     new = 64 - max(map(len, PROMPTS)) + 1  # the last token of all is not read
     for _ in range(2):
         replies(pair, new=new)
@@ -454,13 +529,13 @@ def test_texts_that_fill_the_caches_exactly_use_them_again(cuda, models, caches)
 
 
 def test_longer_texts_get_new_caches_once(cuda, models, caches):
-    base, value, _ = models
-    pair = Graphs(base, value)
+    base, *values, _ = models
+    pair = Graphs(base, values)
     replies(pair, new=8)
     streams = cuda.made["streams"]
     assert cuda.made["recordings"] == 1 and caches == [16, 16]
     for _ in range(2):
-        assert replies(pair, new=30) == plain(base, value, new=30)
+        assert replies(pair, new=30) == plain(base, values, new=30)
         assert cuda.made["recordings"] == 1 + 3 and caches[2:4] == [64, 64]
         del caches[4:]  # those of the plain step
     assert cuda.made["streams"] == streams
@@ -468,9 +543,9 @@ def test_longer_texts_get_new_caches_once(cuda, models, caches):
 
 def test_prompts_never_outgrow_the_caches_that_graphs_know(cuda, models):
     """A cache that grows is another piece of memory than the one that was recorded."""
-    base, value, _ = models
-    pair = Graphs(base, value)
-    assert replies(pair, new=6) == plain(base, value, new=6)
+    base, *values, _ = models
+    pair = Graphs(base, values)
+    assert replies(pair, new=6) == plain(base, values, new=6)
     long = list(range(3, 20))  # 17 tokens, one more than the caches have slots
     assert replies(pair, [long, *PROMPTS[1:]], new=0) == []
-    assert replies(pair, PROMPTS[::-1], new=6) == plain(base, value, PROMPTS[::-1], new=6)
+    assert replies(pair, PROMPTS[::-1], new=6) == plain(base, values, PROMPTS[::-1], new=6)

@@ -19,7 +19,6 @@ from extras import int8
 from extras.connections import Probe, connected
 from extras.int8 import FEW, Int8Llama, Matrix, rounded
 from extras.mapped import Mapped
-from extras.proxy import Proxy
 from model import Config, Llama, allocate, column_major, load, save
 from plumbing.chats import read_chats
 from plumbing.dataset import Chats, tokenize
@@ -154,7 +153,7 @@ def test_no_matrix_is_left_in_floats(base):
 
 def test_cached_decoding_is_uncached_decoding(base, value_dir):
     value = load(value_dir)
-    decoded = [ids[0] for ids in ivl.generate(base, value, [PROMPT], 30)]
+    decoded = [ids[0] for ids in ivl.generate(base, [value], [PROMPT], 30)]
     text = list(PROMPT)
     with torch.inference_mode():
         for _ in decoded:
@@ -291,17 +290,15 @@ def test_a_checkpoint_knows_its_base_dtype(train, tmp_path, monkeypatch):
 
 
 def replies(base, value) -> list[int]:
-    return [ids[0] for ids in ivl.generate(base, value, [PROMPT], 20)]
+    return [ids[0] for ids in ivl.generate(base, [value], [PROMPT], 20)]
 
 
-def logits(base, value=None) -> torch.Tensor:
-    """z_post after each of some tokens."""
+def logits(base, *values) -> torch.Tensor:
+    """z_post after each of some tokens; a second value model is an antiexpert."""
     tokens = torch.tensor([PROMPT])
     with torch.inference_mode():
-        z_base = base.reader(1, 16).read_each(tokens)
-        if value is None:
-            return z_base
-        return ivl.combine(z_base, value.reader(1, 16).read_each(tokens))
+        z_base, *z_deltas = [model.reader(1, 16).read_each(tokens) for model in (base, *values)]
+        return ivl.combine_all(z_base, z_deltas, [1.0, -1.0][: len(values)])
 
 
 @pytest.mark.parametrize("connection", ["cascade", "cascade+", "probe"])
@@ -317,8 +314,8 @@ def test_a_value_model_that_reads_what_it_says(exact, base, value_dir, connectio
 
 
 def test_proxy_tuning(exact, base, value_dir, base_dir):
-    proxy = Proxy(load(value_dir), load(base_dir))
-    z = [logits(frozen, proxy) for frozen in (base, floats(base))]
+    values = load(value_dir), load(base_dir)
+    z = [logits(frozen, *values) for frozen in (base, floats(base))]
     torch.testing.assert_close(*z, atol=1e-4, rtol=1e-4)
 
 
@@ -345,8 +342,8 @@ def test_sample_and_its_value_model(run, base_dir, value_dir):
     assert eight.stdout and plain.stdout
     args = sample.arguments([*map(str, asked[1:5]), "--base_dtype", "int8", "?"])
     speaker = sample.Speaker(args)
-    assert type(speaker.base) is Int8Llama and type(speaker.value) is Llama
-    assert speaker.value.unembed.dtype == torch.float32
+    assert type(speaker.base) is Int8Llama and type(speaker.values[0]) is Llama
+    assert speaker.values[0].unembed.dtype == torch.float32
 
 
 def test_what_is_not_frozen_is_not_rounded(train, base_dir):
@@ -437,7 +434,7 @@ def main():
     base = load_slice(sys.argv[1], cpu, torch.float32, 300, Int8Llama)
     value = load_slice(sys.argv[2], cpu, torch.float32, 300)
     shares = [p.numel() for p in base.parameters() if p.dtype == torch.int8]
-    steps = ivl.generate(base, value, [[1, 20, 30, 40, 50]], 20, choose=chooser(300))
+    steps = ivl.generate(base, [value], [[1, 20, 30, 40, 50]], 20, choose=chooser(300))
     print(json.dumps([[ids[0] for ids in steps], sum(shares)]))
 
 main()
@@ -453,7 +450,7 @@ def test_ranks_decode_with_it(base, base_dir, value_dir, tmp_path):
     assert result.returncode == 0, result.stderr
     tokens, share = json.loads(result.stdout)
     value = load(value_dir)
-    expected = [ids[0] for ids in ivl.generate(base, value, [PROMPT], 20, vocabulary=300)]
+    expected = [ids[0] for ids in ivl.generate(base, [value], [PROMPT], 20, vocabulary=300)]
     assert tokens[:5] == expected[:5] and len(set(tokens)) > 3
     whole = sum(p.numel() for p in base.parameters() if p.dtype == torch.int8)
     assert share < 0.55 * whole

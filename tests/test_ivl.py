@@ -187,7 +187,7 @@ def test_kernel_leaves_ignored_rows_without_gradient_and_repeats_exactly(kernel)
 @pytest.mark.parametrize("norm_over", ["response", "all"])
 @pytest.mark.parametrize("with_base", [True, False])
 def test_chunked_loss_equals_the_plain_formula(models, monkeypatch, chunk, norm_over, with_base):
-    monkeypatch.setitem(ivl.CHUNK, "cpu", chunk)
+    monkeypatch.setattr(ivl, "CPU_LOGITS", chunk)
     base, value = models  # with tied embeddings: the value head's gradient joins the embedding's
     ids = torch.randint(3, 200, (3, 12), generator=torch.Generator().manual_seed(0))
     targets = ids[:, 1:].clone()
@@ -261,10 +261,11 @@ def test_token_0_is_a_target_like_any_other():
     torch.testing.assert_close(sums.double(), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_other_kinds_of_devices_have_chunks_as_on_cuda():
-    assert ivl.chunk_rows(32000, "mps") == ivl.chunk_rows(32000, "cuda") == 512
+def test_chunks_have_rows_enough_on_a_gpu_and_fit_the_cache_on_a_cpu():
+    for V in (32000, 128256):
+        assert ivl.chunk_rows(V, "mps") == ivl.chunk_rows(V, "cuda") == 1024
     assert ivl.chunk_rows(32000, "cpu") == 65
-    assert ivl.chunk_rows(10**9, "cuda") == 1
+    assert ivl.chunk_rows(10**9, "cpu") == 1
 
 
 def test_products_are_added_in_the_precision_of_the_total():
@@ -326,25 +327,25 @@ def slow(base, value, prompt, n, alpha=1.0):
 
 
 def test_cached_equals_uncached_and_batched_equals_single(models):
-    together = columns(ivl.generate(*models, PROMPTS, 30, alpha=0.7))
+    together = columns(ivl.generate(models[0], models[1:], PROMPTS, 30, alphas=[0.7]))
     for prompt, reply in zip(PROMPTS, together):
         assert reply == slow(*models, prompt, 30, alpha=0.7)
-        assert [reply] == columns(ivl.generate(*models, [prompt], 30, alpha=0.7))
+        assert [reply] == columns(ivl.generate(models[0], models[1:], [prompt], 30, alphas=[0.7]))
     assert len({tuple(reply) for reply in together}) == 3
 
 
 def test_alpha_zero_is_the_base_alone(models):
     base, value = models
-    alone = columns(ivl.generate(base, None, PROMPTS, 20))
-    assert columns(ivl.generate(base, value, PROMPTS, 20, alpha=0.0)) == alone
-    assert columns(ivl.generate(base, value, PROMPTS, 20)) != alone
+    alone = columns(ivl.generate(base, [], PROMPTS, 20))
+    assert columns(ivl.generate(base, [value], PROMPTS, 20, alphas=[0.0])) == alone
+    assert columns(ivl.generate(base, [value], PROMPTS, 20)) != alone
 
 
 def test_a_base_of_zeros_leaves_the_value_model(models, base_dir):
     zero = load(base_dir)
     torch.nn.init.zeros_(zero.norm.weight)
-    assert columns(ivl.generate(zero, models[1], PROMPTS, 20)) == columns(
-        ivl.generate(models[1], None, PROMPTS, 20)
+    assert columns(ivl.generate(zero, [models[1]], PROMPTS, 20)) == columns(
+        ivl.generate(models[1], [], PROMPTS, 20)
     )
 
 
@@ -376,30 +377,36 @@ def test_sampling_is_a_draw_from_the_softmax():
 def test_the_seed_decides_the_sample(models):
     def sample(seed):
         return columns(
-            ivl.generate(*models, PROMPTS, 20, temperature=1.5, top_k=50, top_p=0.95, seed=seed)
+            ivl.generate(
+                models[0], models[1:], PROMPTS, 20, temperature=1.5, top_k=50, top_p=0.95, seed=seed
+            )
         )
 
     assert sample(3) == sample(3) != sample(4)
 
 
 def test_rows_stop_on_their_own(models):
-    free = columns(ivl.generate(*models, PROMPTS, 20))
+    free = columns(ivl.generate(models[0], models[1:], PROMPTS, 20))
     stop = {free[0][4], free[1][2]}
     expected = []
     for reply in free:
         end = next((i + 1 for i, token in enumerate(reply) if token in stop), 20)
         expected.append(reply[:end])
-    got = columns(ivl.generate(*models, PROMPTS, 20, stop=stop))
+    got = columns(ivl.generate(models[0], models[1:], PROMPTS, 20, stop=stop))
     assert [[i for i in reply if i is not None] for reply in got] == expected
     assert len(got[0]) == max(map(len, expected))
 
 
 def test_ids_past_the_shared_vocabulary_are_never_chosen(models):
     assert (
-        max(max(reply) for reply in columns(ivl.generate(*models, PROMPTS, 40, vocabulary=50))) < 50
+        max(
+            max(reply)
+            for reply in columns(ivl.generate(models[0], models[1:], PROMPTS, 40, vocabulary=50))
+        )
+        < 50
     )
 
 
 def test_the_cache_is_made_once_for_the_prompts_and_all_that_follows(models, monkeypatch):
     monkeypatch.setattr(KVCache, "grow", lambda *_: pytest.fail("the cache was too short"))
-    assert len(list(ivl.generate(*models, PROMPTS, 30))) == 30
+    assert len(list(ivl.generate(models[0], models[1:], PROMPTS, 30))) == 30

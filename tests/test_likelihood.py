@@ -8,7 +8,6 @@ from extras import likelihood
 from extras.connections import Probe, connected
 from extras.likelihood import Question, batches, log_likelihoods
 from extras.mapped import Mapped
-from extras.proxy import Proxy
 from model import load
 from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
@@ -35,12 +34,12 @@ def models(base_dir, value_dir):
     return load(base_dir), load(value_dir)
 
 
-def whole(base, value, question, alpha=1.0, vocabulary=None, differing=()):
+def whole(base, value, question, alphas=(1.0,), vocabulary=None, differing=()):
     """One text, without cache: log p of the answer, and whether all of it is the likeliest."""
     text = torch.tensor([[*question.context, *question.answer]])
     z = base(text)[0]
     if value is not None:
-        z = z + alpha * value(text)[0]
+        z = z + alphas[0] * value(text)[0]
     z[:, list(differing)] = -torch.inf
     log_p = z[:, :vocabulary].log_softmax(-1)[len(question.context) - 1 : -1]
     answer = torch.tensor(question.answer)
@@ -69,9 +68,9 @@ def test_likelihoods_equal_those_of_each_text_by_itself(models, monkeypatch, bat
         z[..., [7, 9]] = -torch.inf
         text.append(z[0, -1, :300].argmax().item())
     questions.append(Question(questions[0].context, tuple(text[-3:])))
-    options = dict(alpha=0.5, vocabulary=300, differing=(7, 9))
+    options = dict(alphas=[0.5], vocabulary=300, differing=(7, 9))
     questions = [q for q in questions if not {7, 9} & {*q.answer}]
-    found = all_of(log_likelihoods(*models, questions, batch_size, **options))
+    found = all_of(log_likelihoods(models[0], models[1:], questions, batch_size, **options))
     assert found.keys() == {*range(len(questions))}
     for k, question in enumerate(questions):
         said, greedy = whole(*models, question, **options)
@@ -82,7 +81,7 @@ def test_likelihoods_equal_those_of_each_text_by_itself(models, monkeypatch, bat
 @torch.no_grad()
 def test_a_base_alone(models):
     questions = questions_with_examples()[:20]
-    found = all_of(log_likelihoods(models[0], None, questions, 8))
+    found = all_of(log_likelihoods(models[0], [], questions, 8))
     for k, question in enumerate(questions):
         assert found[k].log_p == pytest.approx(whole(models[0], None, question)[0], abs=1e-4)
 
@@ -92,7 +91,7 @@ def test_what_a_pair_never_says_has_no_likelihood(models):
     question = Question((1, 20), (30, 40, 50))
     for place in range(3):
         options = dict(differing=(question.answer[place],))
-        (found,) = log_likelihoods(*models, [question], 1, **options)
+        (found,) = log_likelihoods(models[0], models[1:], [question], 1, **options)
         assert found[0].log_p == -torch.inf and not found[0].greedy
 
 
@@ -107,7 +106,7 @@ def test_what_texts_share_is_read_once(models, monkeypatch):
         return hidden(tokens, *args)
 
     monkeypatch.setattr(models[0], "hidden", counted)
-    all_of(log_likelihoods(models[0], None, questions, 4))
+    all_of(log_likelihoods(models[0], [], questions, 4))
     contexts = {question.context for question in questions}
     assert sum(map(len, contexts)) > 2800
     # the examples in the four rows of a batch, then what comes after them, and in twelve batches
@@ -139,7 +138,7 @@ def test_connections(models, kind):
             weight.normal_(0, 0.3, generator=generator)
     pair = connected(kind, base, value)
     questions = questions_with_examples()
-    found = all_of(log_likelihoods(*pair, questions, 4))
+    found = all_of(log_likelihoods(pair[0], pair[1:], questions, 4))
     for k in range(0, len(questions), 9):
         text = torch.tensor([[*questions[k].context, *questions[k].answer]])
         h_base = pair[0].hidden(text)
@@ -154,7 +153,7 @@ def test_proxy_tuning(models, tmp_path):
     base, expert = models
     anti = load(make_directory(tmp_path / "anti", seed=9))
     questions = questions_with_examples()[:30]
-    found = all_of(log_likelihoods(base, Proxy(expert, anti), questions, 4))
+    found = all_of(log_likelihoods(base, [expert, anti], questions, 4, alphas=[1, -1]))
     for k, question in enumerate(questions):
         text = torch.tensor([[*question.context, *question.answer]])
         log_p = (base(text) + expert(text) - anti(text))[0].log_softmax(-1)
@@ -177,7 +176,7 @@ def test_a_mapped_base_is_asked_in_the_value_models_tokens(base_dir, other_dir, 
         context = tuple(tokenizer.encode(text))
         ids = [tokenizer.encoding(answer).ids for answer in answers]
         questions += [Question(context, tuple(answer)) for answer in ids]
-    found = all_of(log_likelihoods(mapped, value, questions, 2))
+    found = all_of(log_likelihoods(mapped, [value], questions, 2))
     for k, (context, answer) in enumerate(questions):
         said = 0.0
         for n, i in enumerate(answer):

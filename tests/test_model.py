@@ -414,7 +414,7 @@ def test_masks_are_of_whole_tiles(base_dir, monkeypatch):
         return attention(q, k, v, mask, **options)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    for _ in ivl.generate(model, None, [[1, 20, 30]], 30):
+    for _ in ivl.generate(model, [], [[1, 20, 30]], 30):
         pass
     assert set(widths) == {8, 16, 24, 32}
 

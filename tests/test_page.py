@@ -20,7 +20,6 @@ from extras.connections import connected
 from extras.explain import Said, read_again, who_said
 from extras.mapped import Mapped
 from extras.page import column, opened, page, stops
-from extras.proxy import Proxy
 from model import load
 from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
@@ -44,7 +43,7 @@ def tokenizer(base_dir):
 
 def made(models, tokenizer, reply, alpha=1.0, title=("name", "about"), **how) -> dict:
     """A column of the page."""
-    told = *read_again(*models, PROMPT, reply, **how), tokenizer, reply, alpha
+    told = *read_again(models[0], models[1:], PROMPT, reply, **how), tokenizer, reply, alpha
     return column(title, who_said(*told), *told)
 
 
@@ -62,7 +61,9 @@ def full_logits(models, reply) -> list[torch.Tensor]:
 def drawn(models, alpha: float, n: int = 8) -> list[int]:
     """A reply with something of everything: drawn tokens, the base's choices, and the end."""
     how = {"temperature": 1.0, "choose": ivl.never(torch.tensor([NEVER]), ivl.choose)}
-    reply = [ids[0] for ids in ivl.generate(*models, [PROMPT], n, alpha=alpha, **how)]
+    reply = [
+        ids[0] for ids in ivl.generate(models[0], models[1:], [PROMPT], n, alphas=[alpha], **how)
+    ]
     for _ in range(3):
         z_base, _ = full_logits(models, reply + [2])
         reply.append(z_base[-1].argmax().item())
@@ -101,19 +102,19 @@ def test_zero_is_the_middling_word(models, tokenizer):
         assert max(ids) < 101
 
 
-@pytest.mark.parametrize("kind", ["cascade", "proxy", "mapped"])
+@pytest.mark.parametrize("kind", ["cascade", "mapped"])
 def test_whatever_answers_has_a_page(models, tokenizer, base_dir, other_dir, kind):
     alpha = 0.5
     if kind == "cascade":
         models = connected("cascade", *models)
-    elif kind == "proxy":
-        models = models[0], Proxy(models[1], models[0])
     else:
         tokenizer = Tokenizer(other_dir)
         mapping = VocabMap.make(Tokenizer(base_dir), tokenizer, TEXT.split(". "))
         models = Mapped(models[0], mapping), load(other_dir)
     vocabulary = len(tokenizer.tokens)
-    reply = [ids[0] for ids in ivl.generate(*models, [PROMPT], 6, vocabulary=vocabulary)]
+    reply = [
+        ids[0] for ids in ivl.generate(models[0], models[1:], [PROMPT], 6, vocabulary=vocabulary)
+    ]
     side = made(models, tokenizer, reply, alpha, vocabulary=vocabulary)
     stop = stops(alpha).index(alpha)
     for said, token in zip(side["said"], side["tokens"], strict=True):
@@ -173,7 +174,7 @@ def test_page_is_escaped_and_self_contained(models, tokenizer):
 def test_the_reply_can_be_read_without_javascript(models, tokenizer):
     reply = drawn(models, 1.0)
     dom = parsed(page("Who?", [made(models, tokenizer, reply)], 1.0))
-    said = who_said(*read_again(*models, PROMPT, reply), tokenizer, reply)
+    said = who_said(*read_again(models[0], models[1:], PROMPT, reply), tokenizer, reply)
     assert [token["data-by"] for token in dom.tokens[0]] == [token.by for token in said]
     for token, expected in zip(dom.tokens[0], said):
         strength = re.fullmatch(r"--strength: ([\d.]+)", token["style"])[1]
@@ -482,8 +483,8 @@ def test_two_bases_side_by_side(ask, browse, base_dir, value_dir, tmp_path):
     prompt = tokenizer.prompt([{"role": "user", "content": "hello </script> you"}])
     replies = []
     for directory, tokens in zip((small, base_dir), dom.tokens):
-        how = {"alpha": 0.5, "stop": tokenizer.stop}
-        reply = [ids[0] for ids in ivl.generate(load(directory), value, [prompt], 8, **how)]
+        how = {"alphas": [0.5], "stop": tokenizer.stop}
+        reply = [ids[0] for ids in ivl.generate(load(directory), [value], [prompt], 8, **how)]
         assert [int(token["data-said"]) for token in tokens] == reply
         assert "chance" not in {token["data-by"] for token in tokens}
         replies.append(reply)

@@ -79,7 +79,7 @@ def pieces_as_on_a_gpu(monkeypatch):
 def test_decoding_with_an_int8_base_takes_what_the_plan_says(eight_bits, tokens, batch):
     value = random_llama(VALUE, CPU, torch.bfloat16, 1)
     prompts = torch.randint(3, 32000, (batch, tokens - 1)).tolist()
-    peak, _ = watched(lambda: list(generate(eight_bits, value, prompts, 1)), CPU)
+    peak, _ = watched(lambda: list(generate(eight_bits, [value], prompts, 1)), CPU)
     measured = peak + weight_bytes(eight_bits) + weight_bytes(value)
     parts = plan.decoding(BASE, VALUE, 1, tokens, batch, Int8Llama)
     assert measured == pytest.approx(sum(parts.values()) - plan.LIBRARY, rel=0.05)

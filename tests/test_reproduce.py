@@ -85,8 +85,8 @@ def test_a_base_alone_is_scored_as_it_is_and_once(monkeypatch, tmp_path):
     family.make_base("small", world, folder, 0.02, 11, torch.device("cpu"))
     asked, made = [], (folder / "small" / "model.safetensors").read_bytes()
 
-    def score(base, value, tokenizer, out, kinds):
-        assert value is None and torch.equal(base.embed.weight, alone.embed.weight)
+    def score(base, values, tokenizer, out, kinds, alphas):
+        assert values == alphas == [] and torch.equal(base.embed.weight, alone.embed.weight)
         asked.extend(kinds)
         return {kind: len(asked) / 10 for kind in kinds}
 

@@ -300,13 +300,11 @@ def decoded(base: Path, value: Path, other: Path) -> list:
     prompts = [tokenizer.encode("Where is the cat?") for tokenizer in tokenizers]
     steps = []
     for options in CHOICES[::3]:
-        for pair in (models, (models[0], None)):
-            steps += ivl.generate(
-                *pair, [prompts[0], [1, 5]], 12, vocabulary=V, choose=as_one(V), **options
-            )
-        steps += ivl.generate(
-            Mapped(whole[0], mapping), whole[1], [prompts[1]], 4, choose=as_one(None), **options
-        )
+        for values in (models[1:], []):
+            how = {"vocabulary": V, "choose": as_one(V), **options}
+            steps += ivl.generate(models[0], values, [prompts[0], [1, 5]], 12, **how)
+        how = {"choose": as_one(None), **options}
+        steps += ivl.generate(Mapped(whole[0], mapping), whole[1:], [prompts[1]], 4, **how)
     return steps
 
 
@@ -462,7 +460,7 @@ def decoded_last(directory: Path) -> list:
     steps = []
     for temperature in (0, 0.5):
         options = dict(vocabulary=LAST, temperature=temperature, choose=as_one(LAST))
-        steps += ivl.generate(model, None, prompts, 12, **options)
+        steps += ivl.generate(model, [], prompts, 12, **options)
     return steps
 
 

@@ -11,8 +11,7 @@ import ivl
 import sample
 from extras import speculative
 from extras.int8 import Int8Llama
-from extras.proxy import Proxy
-from extras.speculative import LONGEST, Pace, generate, prices, speedup
+from extras.speculative import Drafts
 from model import Config, Llama, Reader, column_major, load
 from plumbing.tokenizer import Tokenizer
 
@@ -40,37 +39,23 @@ def near(model: Llama, seed: int, by: float = 0.1) -> Llama:
     return other
 
 
-def even(price: float) -> list[float]:
-    """The prices of rounds in which each drafted token costs as much."""
-    return [1 + k * price for k in range(LONGEST + 1)]
+class Noted(Drafts):
+    """Notes of each round how many tokens each row gained: those that stood and one more."""
+
+    def __init__(self, *how, **options):
+        super().__init__(*how, **options)
+        self.gained = []
+
+    def rounds(self, *how, **options):
+        for new in super().rounds(*how, **options):
+            self.gained.append([len(row) for row in new])
+            yield new
 
 
-class Fixed(Pace):
-    """Always as many tokens; notes what was drafted, and what stood."""
-
-    def __init__(self, k: int):
-        super().__init__([1.0])
-        self.k = k
-        self.rounds = []
-
-    def length(self) -> int:
-        return self.k
-
-    def seen(self, k, stood):
-        super().seen(k, stood)
-        self.rounds.append((k, list(stood)))
-
-
-class Noting(Pace):
-    """The real one; notes what was drafted."""
-
-    def __init__(self, price: float):
-        super().__init__(even(price))
-        self.lengths = []
-
-    def seen(self, k, stood):
-        super().seen(k, stood)
-        self.lengths.append(k)
+def drafted(base, draft, value, prompts, n, k, never=(), **how) -> tuple[list, Noted]:
+    """The steps of a decoding in rounds of k drafted tokens, and what was noted of them."""
+    drafts = Noted(draft, k, never)
+    return list(ivl.generate(base, [value], prompts, n, rounds=drafts.rounds, **how)), drafts
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +71,25 @@ def value() -> Llama:
 # ---------------------------------------------------------------- greedy: the same tokens
 
 
-@pytest.mark.parametrize("k", [0, 1, 4, LONGEST])
+@pytest.mark.parametrize("k", [1, 4, 16])
 @pytest.mark.parametrize("by", [0.0, 0.1, 3.0])
 def test_greedy_tokens_are_the_target_s_own(base, value, k, by):
     """For prompts of several lengths, however good the draft."""
-    pace = Fixed(k)
-    plain = list(ivl.generate(base, value, PROMPTS, 25))
-    assert list(generate(base, near(base, 3, by), value, PROMPTS, 25, pace=pace)) == plain
-    stood = {n for _, row in pace.rounds for n in row}
+    plain = list(ivl.generate(base, [value], PROMPTS, 25))
+    steps, drafts = drafted(base, near(base, 3, by), value, PROMPTS, 25, k)
+    assert steps == plain
     if by == 0:  # the base is its own draft
-        assert all(n == k for k, row in pace.rounds for n in row)
+        assert drafts.stood == drafts.tried > 0
+        assert drafts.summary() == f"{drafts.tried} of {drafts.tried} drafted tokens stood"
     elif k > 1:  # rows take different numbers
-        assert len(stood) > 1
+        assert len({n for row in drafts.gained[1:] for n in row}) > 1
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, -2.0])
 def test_alpha_counts_in_draft_and_target(base, value, alpha):
-    plain = list(ivl.generate(base, value, PROMPTS, 20, alpha=alpha))
-    pace = Fixed(3)
-    drafted = generate(base, base, value, PROMPTS, 20, alpha=alpha, pace=pace)
-    assert list(drafted) == plain
-    assert all(n == k for k, row in pace.rounds for n in row)
+    plain = list(ivl.generate(base, [value], PROMPTS, 20, alphas=[alpha]))
+    steps, drafts = drafted(base, base, value, PROMPTS, 20, 3, alphas=[alpha])
+    assert steps == plain and drafts.stood == drafts.tried
 
 
 def test_each_token_is_read_once_by_the_value_model(base, value, monkeypatch):
@@ -119,10 +102,9 @@ def test_each_token_is_read_once_by_the_value_model(base, value, monkeypatch):
         return hidden(reader, tokens, counts)
 
     monkeypatch.setattr(Reader, "hidden", noted)
-    pace = Fixed(3)
     draft = near(base, 3, 0.0)
-    list(generate(base, draft, value, [[1, 2]], 13, pace=pace))
-    assert [k for k, _ in pace.rounds] == [3, 3, 3]  # 1 + 3 · 4 tokens
+    _, drafts = drafted(base, draft, value, [[1, 2]], 13, 3)
+    assert drafts.gained == [[1], [4], [4], [4]]
     assert [n for model, n in reads if model is base] == [2, 4, 4, 4]
     assert [n for model, n in reads if model is value] == [2] + [1] * 12
     # the prompt and the first token; later the one that it had not needed to read, and the next
@@ -130,13 +112,13 @@ def test_each_token_is_read_once_by_the_value_model(base, value, monkeypatch):
 
 
 def test_a_stop_inside_a_draft_ends_the_row(base, value):
-    whole = list(ivl.generate(base, value, PROMPTS, 13))
+    whole = list(ivl.generate(base, [value], PROMPTS, 13))
     told = [[ids[row] for ids in whole] for row in range(len(PROMPTS))]
     ended = set()
     for stop in sorted({i for row in told for i in row}):
-        plain = list(ivl.generate(base, value, PROMPTS, 13, stop=[stop]))
-        drafted = list(generate(base, base, value, PROMPTS, 13, stop=[stop], pace=Fixed(5)))
-        assert drafted == plain
+        plain = list(ivl.generate(base, [value], PROMPTS, 13, stop=[stop]))
+        steps, _ = drafted(base, base, value, PROMPTS, 13, 5, stop=[stop])
+        assert steps == plain
         # where in a round of six tokens it came; the first token of all is of no round
         ended |= {(row.index(stop) - 1) % 6 for row in told if stop in row[1:]}
     assert len(ended) > 3
@@ -144,9 +126,8 @@ def test_a_stop_inside_a_draft_ends_the_row(base, value):
 
 def test_no_more_is_drafted_than_fits_with_the_target_s_own_token(base, value):
     """Twelve tokens: the prompt's one, 3 + 1, 3 + 1, and 2 + 1."""
-    pace = Fixed(3)
-    list(generate(base, near(base, 3, 0.0), value, [[1, 2]], 12, pace=pace))
-    assert [k for k, _ in pace.rounds] == [3, 3, 2]
+    _, drafts = drafted(base, near(base, 3, 0.0), value, [[1, 2]], 12, 3)
+    assert drafts.gained == [[1], [4], [4], [3]]
 
 
 @pytest.mark.parametrize("of", ["base", "value"])
@@ -156,10 +137,10 @@ def test_a_context_that_becomes_full_ends_the_row(base, value, of, room):
     short = near(models[of], 0, 0.0)
     short.config = Config(**vars(short.config) | {"max_position_embeddings": 6 + room})
     models[of] = short
-    plain = list(ivl.generate(*models.values(), PROMPTS, 40))
+    plain = list(ivl.generate(models["base"], [models["value"]], PROMPTS, 40))
     assert len(plain) == 5 + room  # of the shortest prompt
-    drafted = generate(models["base"], base, models["value"], PROMPTS, 40, pace=Fixed(4))
-    assert list(drafted) == plain
+    steps, _ = drafted(models["base"], base, models["value"], PROMPTS, 40, 4)
+    assert steps == plain
 
 
 @pytest.mark.parametrize("context, reads", [(3, 0), (8, 7), (10, 10), (12, 12)])
@@ -167,8 +148,7 @@ def test_a_draft_whose_context_is_shorter_drafts_as_far_as_it_reaches(base, valu
     """With 3 + 1 tokens four more are drafted, of which it reads three; with 9 what then fits."""
     draft = near(base, 0, 0.0)
     draft.config = Config(**vars(base.config) | {"max_position_embeddings": context})
-    pace = Fixed(4)
-    plain = list(ivl.generate(base, value, [[1, 2, 3]], 20))
+    plain = list(ivl.generate(base, [value], [[1, 2, 3]], 20))
     reader = Reader(draft, 1, 64)
     longest = []
     hidden = reader.hidden
@@ -180,9 +160,10 @@ def test_a_draft_whose_context_is_shorter_drafts_as_far_as_it_reaches(base, valu
 
     reader.hidden = noted
     draft.reader = lambda rows, slots: reader
-    assert list(generate(base, draft, value, [[1, 2, 3]], 20, pace=pace)) == plain
+    steps, drafts = drafted(base, draft, value, [[1, 2, 3]], 20, 4)
+    assert steps == plain
     assert max(longest, default=0) == reads
-    assert pace.rounds[-1][0] == 0
+    assert drafts.gained[-1] == [1]
 
 
 def test_words_that_are_not_said(base, value):
@@ -190,11 +171,11 @@ def test_words_that_are_not_said(base, value):
     draft = near(base, 3)
     for never, vocabulary in (([], 9), ([0, 3, 8], 12), ([2], 7)):
         choose = ivl.never(torch.tensor(never, dtype=torch.long), ivl.choose)
-        plain = ivl.generate(base, value, PROMPTS, 30, vocabulary=vocabulary, choose=choose)
+        plain = ivl.generate(base, [value], PROMPTS, 30, vocabulary=vocabulary, choose=choose)
         options = {"vocabulary": vocabulary, "never": never}
-        drafted = list(generate(base, draft, value, PROMPTS, 30, pace=Fixed(3), **options))
-        assert drafted == list(plain)
-        warm = generate(base, draft, value, PROMPTS, 30, temperature=2.0, pace=Fixed(3), **options)
+        steps, _ = drafted(base, draft, value, PROMPTS, 30, 3, **options)
+        assert steps == list(plain)
+        warm, _ = drafted(base, draft, value, PROMPTS, 30, 3, temperature=2.0, **options)
         said = {i for ids in warm for i in ids}
         assert max(said) < vocabulary and not said & set(never) and len(said) > 4
 
@@ -202,33 +183,31 @@ def test_words_that_are_not_said(base, value):
 def test_padded_vocabularies(value):
     """Where one model has more rows than another, the front counts."""
     base, draft = tiny(1, words=16), tiny(3, words=14)
-    plain = list(ivl.generate(base, value, PROMPTS, 30))
-    assert list(generate(base, draft, value, PROMPTS, 30, pace=Fixed(2))) == plain
+    plain = list(ivl.generate(base, [value], PROMPTS, 30))
+    assert drafted(base, draft, value, PROMPTS, 30, 2)[0] == plain
 
 
-def test_a_difference_of_two_models_can_be_the_value_model(base, value):
-    proxy = Proxy(value, tiny(4))
-    plain = list(ivl.generate(base, proxy, PROMPTS, 30))
-    assert list(generate(base, near(base, 3), proxy, PROMPTS, 30, pace=Fixed(3))) == plain
-    assert speculative.cost(proxy, 1) == pytest.approx(
-        sum(speculative.cost(one, 1) for one in proxy.models)
-    )
+def test_several_value_models_and_none(base, value):
+    draft, other = near(base, 3), tiny(4)
+    for values, alphas in (([value, other], [1.0, -1.0]), ([], [])):
+        plain = list(ivl.generate(base, values, PROMPTS, 30, alphas=alphas))
+        rounds = Drafts(draft, 3).rounds
+        steps = ivl.generate(base, values, PROMPTS, 30, alphas=alphas, rounds=rounds)
+        assert list(steps) == plain
 
 
 @pytest.mark.parametrize(
     "target, draft", [("stories260K", "llama2xs"), ("llama2xs", "stories260K")]
 )
-@pytest.mark.parametrize("k", [None, 3])
-def test_greedy_tokens_of_real_checkpoints(realdata, target, draft, k):
+def test_greedy_tokens_of_real_checkpoints(realdata, target, draft):
     models = [load(realdata / "models" / name) for name in (target, draft, "llama2xs")]
     base, draft, value = map(column_major, models)
     tokenizer = Tokenizer(realdata / "models" / target)
     texts = ["Once upon a time", "Lily and Tim went to the park. They saw", "The", "A big red ball"]
     prompts = [tokenizer.encode(text) for text in texts]
-    options = {"stop": tokenizer.stop, "alpha": 0.5}
-    plain = list(ivl.generate(base, value, prompts, 120, **options))
-    pace = Noting(0.1) if k is None else Fixed(k)
-    assert list(generate(base, draft, value, prompts, 120, pace=pace, **options)) == plain
+    options = {"stop": tokenizer.stop, "alphas": [0.5]}
+    plain = list(ivl.generate(base, [value], prompts, 120, **options))
+    assert drafted(base, draft, value, prompts, 120, 3, **options)[0] == plain
 
 
 # ---------------------------------------------------------------- drawn: the same distribution
@@ -266,7 +245,12 @@ def drawn(base: Llama, draft: Llama, value: Llama, prompt: list[int], how: dict)
 
     Rounds of three drafted tokens; nine are asked for, or the rounds would become shorter before.
     """
-    steps = generate(base, draft, value, [prompt] * ROWS, 9, seed=7, pace=Fixed(3), **how)
+    how = dict(how)
+    rounds = Drafts(draft, 3).rounds
+    alphas = [how.pop("alpha", 1.0)]
+    steps = ivl.generate(
+        base, [value], [prompt] * ROWS, 9, seed=7, alphas=alphas, rounds=rounds, **how
+    )
     index = torch.zeros(ROWS, dtype=torch.long)
     for ids in itertools.islice(steps, DRAWN):
         index = WORDS * index + torch.tensor(ids)
@@ -332,91 +316,10 @@ def test_a_rejection_by_rounding_does_not_take_an_impossible_word():
 
 def test_a_seed_repeats_its_reply(base, value):
     def reply(seed: int) -> list:
-        how = {"temperature": 1.0, "seed": seed, "pace": Fixed(3)}
-        return list(generate(base, near(base, 3), value, PROMPTS, 20, **how))
+        how = {"temperature": 1.0, "seed": seed}
+        return drafted(base, near(base, 3), value, PROMPTS, 20, 3, **how)[0]
 
     assert reply(1) == reply(1) != reply(2)
-
-
-# ---------------------------------------------------------------- how many are drafted
-
-
-def test_a_draft_that_is_always_wrong_is_given_up_and_tried_again(value):
-    """The target says what the draft holds for impossible; yet now and then it is asked."""
-    base = tiny(1, context=300)
-    draft = near(base, 0, 0.0)
-    draft.lm_head.weight.mul_(-50)
-    value = near(value, 0, 0.0)
-    value.config = base.config
-    pace = Noting(0.25)
-    plain = list(ivl.generate(base, value, [[1, 2]], 250))
-    assert list(generate(base, draft, value, [[1, 2]], 250, pace=pace)) == plain
-    tried = [t for t, k in enumerate(pace.lengths) if k]
-    assert tried[0] == 0 and tried[-1] > 200
-    # what that costs, in steps: less than 5 % of plain decoding
-    assert 0.25 * sum(pace.lengths) < 0.05 * 250
-
-
-def test_a_draft_that_is_not_used_is_not_read(base, value, monkeypatch):
-    read = []
-    hidden = Reader.hidden
-
-    def noted(reader, *tokens):
-        read.append(reader.model)
-        return hidden(reader, *tokens)
-
-    monkeypatch.setattr(Reader, "hidden", noted)
-    draft = near(base, 3)
-    list(generate(base, draft, value, PROMPTS, 20, pace=Pace(even(0.9))))
-    assert draft not in read and base in read
-
-
-def test_the_pace_is_the_best_one():
-    steps = [1.0, 3.0, 3.1, 3.2, 3.3]  # where the first drafted token costs most
-    for price in (even(0.05), even(0.2), even(0.5), steps):
-        for share in (0.1, 0.4, 0.7, 0.9, 0.99):
-            pace = Pace(price)
-            pace.looked_at, pace.stood = 100.0, 100 * share
-            gains = [speedup(share, k, price[k]) for k in range(len(price))]
-            assert gains[pace.length()] == max(gains)
-    lengths = [Pace(even(price)).length() for price in (0.05, 0.2, 0.8)]
-    assert lengths == sorted(lengths, reverse=True) and lengths[-1] == 0 < lengths[1] < lengths[0]
-    good = Pace(steps)
-    good.looked_at, good.stood = 100.0, 99.0
-    assert Pace(steps).length() == 0 and good.length() == 4
-
-
-def test_a_good_draft_is_followed_further(base, value):
-    pace = Noting(0.3)
-    list(generate(base, base, value, [[1, 2]], 50, pace=pace))
-    assert pace.lengths[0] < max(pace.lengths[:6])
-
-
-def test_the_price_is_of_reading():
-    """Twice the layers, twice the time; on a CPU a few tokens that are read together cost some."""
-    one, two = tiny(1, layers=1), tiny(1, layers=2)
-    layer = speculative.cost(two, 1) - speculative.cost(one, 1)
-    assert layer > speculative.LAYER["cpu"] and speculative.cost(one, 1) > layer
-    assert speculative.cost(one, 3) > speculative.cost(one, 1)
-    assert prices(one, one, one, 1)[0] == prices(two, one, one, 5)[0] == 1
-    assert prices(one, one, one, 1)[1] > 2  # nothing is gained by a draft as large as the base
-    assert prices(two, one, one, 1)[1] < prices(one, one, one, 1)[1]
-
-
-def test_what_pays_where():
-    """Measured on a CPU: four tokens cost a large base in floats thrice a token, in eight bits
-    once; more rows cost floats little more.
-    """
-
-    def on(kind: str, bits: int, B: int) -> int:
-        """How many are drafted first."""
-        costs = [speculative.product((k + 1) * B, kind, bits) for k in range(LONGEST + 1)]
-        return Pace([cost / costs[0] for cost in costs]).length()
-
-    assert on("cpu", 16, B=1) == 0
-    assert on("cpu", 8, B=1) == 3
-    assert on("cpu", 16, B=4) > 0
-    assert on("cuda", 16, B=1) == LONGEST
 
 
 # ---------------------------------------------------------------- in batches and in sample.py
@@ -424,12 +327,12 @@ def test_what_pays_where():
 
 def test_steps_come_as_soon_as_all_rows_have_them(base, value):
     """A reply streams: the first token is given before anything is drafted."""
-    pace = Fixed(4)
-    steps = generate(base, near(base, 3), value, PROMPTS, 30, pace=pace)
+    drafts = Noted(near(base, 3), 4)
+    steps = ivl.generate(base, [value], PROMPTS, 30, rounds=drafts.rounds)
     next(steps)
-    assert pace.rounds == []
+    assert drafts.gained == [[1, 1, 1, 1]]
     next(steps)
-    assert len(pace.rounds) == 1
+    assert len(drafts.gained) == 2
 
 
 @pytest.fixture
@@ -447,13 +350,7 @@ def ask(run, tmp_path):
     return runner
 
 
-@pytest.fixture
-def always(monkeypatch):
-    """Three tokens are drafted, whatever the price."""
-    monkeypatch.setattr(Pace, "length", lambda pace: 3)
-
-
-def test_a_question_a_chat_and_a_file(ask, always, tmp_path):
+def test_a_question_a_chat_and_a_file(ask, tmp_path):
     for draft_is in (ask.base, None):
         said = ask("hello you", draft=draft_is)
         assert said.returncode == 0 and "12 tokens" in said.stderr
@@ -469,18 +366,18 @@ def test_a_question_a_chat_and_a_file(ask, always, tmp_path):
     assert ask(*warm).stdout == ask(*warm).stdout != ask("--seed", 1, *warm).stdout
 
 
-def test_the_draft_does_draft(ask, always, monkeypatch):
-    seen = []
-    monkeypatch.setattr(Pace, "seen", lambda pace, k, stood: seen.append((k, stood)))
-    ask("hello you", draft=ask.base)
-    assert seen == [(3, [3]), (3, [3]), (2, [2])]  # after the prompt's token, of twelve
+def test_the_draft_does_draft_and_says_so(ask):
+    """After the prompt's token eleven of twelve are left: 3 + 1, 3 + 1 and 2 + 1."""
+    said = ask("--drafted", 3, "hello you", draft=ask.base)
+    assert "8 of 8 drafted tokens stood" in said.stderr
+    assert_refused(ask("--drafted", 3, "hello you", draft=None), "--drafted", "without --draft")
 
 
-def test_eight_bits_are_of_base_and_draft(ask, always):
+def test_eight_bits_are_of_base_and_draft(ask):
     words = ["--base", ask.base, "--value", ask.base, "--draft", ask.base, "--base_dtype", "int8"]
     speaker = sample.Speaker(sample.arguments(list(map(str, words))))
-    assert isinstance(speaker.base, Int8Llama) and isinstance(speaker.draft, Int8Llama)
-    assert not isinstance(speaker.value, Int8Llama)
+    assert isinstance(speaker.base, Int8Llama) and isinstance(speaker.drafts.draft, Int8Llama)
+    assert not isinstance(speaker.values[0], Int8Llama)
     eight = ["--base_dtype", "int8", "hello you"]
     assert ask(*eight).stdout == ask(*eight, draft=None).stdout
 

@@ -75,7 +75,7 @@ def test_scores_are_counted_on_whole_replies(monkeypatch, world):
     monkeypatch.setattr(
         toy.ivl, "generate", lambda *a, **k: iter([[1, 2, 3, 4, 5], [0, 0, 0, 0, 9]])
     )
-    assert toy.score(None, None, Words(), chats) == {"form": 2 / 5, "right": 1 / 5}
+    assert toy.score(None, [], Words(), chats) == {"form": 2 / 5, "right": 1 / 5}
 
 
 def read_replies(replies):
@@ -98,7 +98,7 @@ def test_family_is_repeatable_and_made_once(tmp_path, monkeypatch):
         toy.make_family(tmp_path / "a", 1, torch.device("cpu"))
     tokenizer, base = Tokenizer(tmp_path / "a" / "small"), load(tmp_path / "a" / "small")
     chats = [chat.messages for chat in read_chats(tmp_path / "a" / "heldout.jsonl").chats[:8]]
-    assert toy.score(base, None, tokenizer, chats) == {"form": 0.0, "right": 0.0}
+    assert toy.score(base, [], tokenizer, chats) == {"form": 0.0, "right": 0.0}
     assert toy.knows(base, tokenizer, [toy.fact_of(chat) for chat in chats]) < 0.5
 
     # whoever chats with it is told whom it knows, and three questions that nobody has answered

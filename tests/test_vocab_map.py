@@ -382,9 +382,9 @@ def test_a_batch_decodes_as_its_rows_do(mapping, base_dir, other_dir):
         mapping.value.tokenizer.encode(text)
         for text in ("The cat sat", "Where is the dog? The dog is in the")
     ]
-    both = list(zip(*ivl.generate(Mapped(base, mapping), value, prompts, 20)))
+    both = list(zip(*ivl.generate(Mapped(base, mapping), [value], prompts, 20)))
     alone = [
-        next(zip(*ivl.generate(Mapped(base, mapping), value, [prompt], 20))) for prompt in prompts
+        next(zip(*ivl.generate(Mapped(base, mapping), [value], [prompt], 20))) for prompt in prompts
     ]
     assert both == alone
 
@@ -393,8 +393,8 @@ def test_a_batch_decodes_as_its_rows_do_in_the_papers_way_too(mapping, base_dir,
     base, value = Mapped(load(base_dir), mapping, **mapped.PAPERS_WAY), load(other_dir)
     texts = "The cat sat", "Where is the dog? The dog is in the"
     prompts = [mapping.value.tokenizer.encode(text) for text in texts]
-    both = list(zip(*ivl.generate(base, value, prompts, 8)))
-    assert both == [next(zip(*ivl.generate(base, value, [prompt], 8))) for prompt in prompts]
+    both = list(zip(*ivl.generate(base, [value], prompts, 8)))
+    assert both == [next(zip(*ivl.generate(base, [value], [prompt], 8))) for prompt in prompts]
 
 
 @torch.inference_mode()
@@ -423,7 +423,12 @@ def test_streamed_text_is_the_reply(mapping, base_dir, other_dir):
     ids = [
         step[0]
         for step in ivl.generate(
-            Mapped(load(base_dir), mapping), load(other_dir), [prompt], 60, temperature=1.5, seed=3
+            Mapped(load(base_dir), mapping),
+            [load(other_dir)],
+            [prompt],
+            60,
+            temperature=1.5,
+            seed=3,
         )
     ]
     stream = TextStream(tokenizer)
@@ -435,7 +440,10 @@ def test_decoding_ends_where_the_base_is_full(mapping, bridge, base_dir, other_d
     base.config.max_position_embeddings = 24
     reply = list(
         ivl.generate(
-            Mapped(base, mapping), load(other_dir), [mapping.value.tokenizer.encode("The cat")], 200
+            Mapped(base, mapping),
+            [load(other_dir)],
+            [mapping.value.tokenizer.encode("The cat")],
+            200,
         )
     )
     assert (
@@ -572,7 +580,9 @@ def test_the_papers_method_decodes_too(tokenizers, base_dir, other_dir, tmp_path
     made = VocabMap.make(*tokenizers, TEXTS[:4], "paper")
     assert len(set(made.base_ids.tolist())) == len(made.base_ids)  # one value token per base token
     prompt = made.value.tokenizer.encode("The cat")
-    assert len(list(ivl.generate(Mapped(load(base_dir), made), load(other_dir), [prompt], 5))) == 5
+    assert (
+        len(list(ivl.generate(Mapped(load(base_dir), made), [load(other_dir)], [prompt], 5))) == 5
+    )
 
 
 @pytest.mark.parametrize(
