@@ -16,7 +16,13 @@ Shapes: B batch, T time, V vocabulary, H hidden (H_b base, H_v value), n rows of
 θ₁ never receives a gradient: `combine` detaches z_base.
 """
 
+import os
+import shutil
+import sys
+import sysconfig
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -221,7 +227,7 @@ def combine_loss(
     dz = w_ce (softmax(z_post) − onehot(target)) + w_norm sign(z_Δ) / V.
     On CUDA this is one kernel, see `combine_loss_fused`; elsewhere what follows.
     """
-    if z_delta.is_cuda and triton is not None:
+    if z_delta.is_cuda and kernels_compile():
         return combine_loss_fused(z_base, z_delta, targets, counted, w_ce, w_norm)
     # equation (3) again, in float32
     V = z_delta.shape[-1]
@@ -248,6 +254,27 @@ def combine_loss(
 
 
 # ---------------------------------------------------------------- the kernel
+
+
+@cache
+def kernels_compile() -> bool:
+    """Whether Triton can compile kernels here: to launch them it needs a C compiler and Python's
+    headers. Says once on stderr what is missing; the plain twins do the work then.
+    """
+    if triton is None:
+        return False
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_config_var("INCLUDEPY"), "Python.h")
+    missing = [] if compiler else ["a C compiler (package gcc)"]
+    missing += [] if headers.exists() else [f"Python.h (package python{sys.version_info[0]}-dev)"]
+    if missing:
+        print(
+            f"Triton's kernels need {' and '.join(missing)}; without it plain PyTorch is used, "
+            "which is slower and takes more memory",
+            file=sys.stderr,
+        )
+    return not missing
+
 
 if triton is not None:
 

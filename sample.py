@@ -273,7 +273,8 @@ class Speaker:
                 self.base = Recorded(self.base)
             self.base = Mapped(self.base, self.mapping)
             # the same text in the base's ids, which `respell` gives first
-            self.measures.append(lambda ids: len(self.base.bridge.respell(ids)[0]))
+            bridge = self.base.bridge
+            self.measures.append(lambda ids: len(bridge.respell(ids)[0]))
 
     def pick_rounds(self) -> Callable:
         """What gives the new tokens of each round, see `ivl.generate`."""

@@ -91,8 +91,6 @@ NOTED = {
     "chats": Field(TEXT),
 }
 LOGGED = {"run": Field(TEXT), "step": Field(whole(0, 2**53))}  # of each line of OUT/log.jsonl
-# on CUDA a batch's T is padded up to a multiple of this: every new shape costs time
-ALIGNED = 128
 
 
 @dataclass
@@ -286,9 +284,11 @@ def held_out_loss(
         value = base
         base = None
     chats = chats.plain()
+    device = value.unembed.device
     loss = n = 0
     for part in machine.parts(rows, size):
-        _, sums = forward(base, value, chats.batch(part, value.unembed.device), autocast)
+        batch = chats.batch(part, device)
+        _, sums = forward(base, value, batch, autocast)
         loss += sums[0].item()
         n += chats.count_targets(part)
     machine.rest(value)
@@ -313,7 +313,6 @@ def train_step(
     may be no number; then nothing is changed. The arguments are those of `train`.
     """
     device = value.unembed.device
-    align = ALIGNED if device.type == "cuda" else 1
 
     # 1) the two denominators, counted over the whole batch before it is cut into parts: so the
     #    parts' gradients add up to the batch's
@@ -323,7 +322,7 @@ def train_step(
     # 2) forward and backward, part by part
     sums = torch.zeros(2, device=device)  # cross-entropy, norm term
     for part in machine.parts(rows, settings.micro_batch_size):
-        batch = chats.batch(part, device, norm_width, align)
+        batch = chats.batch(part, device, norm_width)
         part_loss, part_sums = batch_loss(
             base, value, batch, autocast, 1 / n, settings.lam / norm_count
         )
@@ -1507,6 +1506,9 @@ def rejected_replies(args: argparse.Namespace, reading: Reading) -> Reading | No
 
 def compiled(model: Llama) -> Llama:
     """The model with each of its blocks compiled, in place: one compilation serves them all."""
+    # the code of a block is compiled anew for each shape of model and way of reading; past the
+    # limit, 8, PyTorch would quietly run it as it is
+    torch._dynamo.config.recompile_limit = 64
     for block in model.blocks:
         block.compile()
     return model

@@ -77,6 +77,16 @@ def watched(run: Callable[[], object], device: torch.device) -> tuple[int, objec
     return peak, result
 
 
+def in_turns(
+    variants: dict[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, float]:
+    """The median seconds of each variant: once to warm up, then `repeats` rounds in turns."""
+    for run in variants.values():
+        run()
+    times = [[seconds(run, device) for run in variants.values()] for _ in range(repeats)]
+    return dict(zip(variants, map(statistics.median, zip(*times))))
+
+
 def measure(
     variants: dict[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> Iterator[tuple[str, Measured]]:

@@ -15,7 +15,7 @@ import train
 from experiments import plan
 from experiments.bench_measure import Kernel, kernels, matmul_rate
 from extras.int8 import rounded
-from ivl import combine, generate, loss_sums, two_headed_loss
+from ivl import combine, generate, loss_sums, token_by_token, two_headed_loss
 from model import Config, Llama, column_major, hf_shape, hf_views, inverse_frequencies
 from plumbing.files import InputError, pick_dtype
 
@@ -112,15 +112,22 @@ def bytes_per_token(*models: Llama) -> int:
 # ---------------------------------------------------------------- decoding
 
 
-def decoder(base: Llama, *values: Llama) -> Callable[..., Iterator[list[int | None]]]:
+def decoder(
+    base: Llama, *values: Llama, rounds: Callable = token_by_token
+) -> Callable[..., Iterator[list[int | None]]]:
     """Our greedy decoding with some models: decoder(base, value)(prompts, tokens) gives steps.
 
     As sample.py has it: on CUDA caches and graphs are made once and then serve text after text."""
-    if base.unembed.device.type == "cuda":
+    if base.unembed.device.type == "cuda" and rounds is token_by_token:
         from extras.graphs import Kept
 
-        return partial(generate, base, values, rounds=Kept().rounds)
-    return partial(generate, base, values)
+        rounds = Kept().rounds
+
+    def decode(prompts, tokens: int, **how) -> Iterator[list[int | None]]:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return generate(base, values, prompts, tokens, rounds=rounds, **how)
+
+    return decode
 
 
 def ours(decode: Callable, prompt: list[int], tokens: int) -> list[int]:
@@ -146,6 +153,7 @@ def profiled(decode: Callable, steps: int, device: torch.device) -> list[Kernel]
 def transformers_alone(base, prompt: list[int], tokens: int) -> list[int]:
     """transformers' own `generate`, at its best: on a GPU a static cache, with which it compiles;
     else its default."""
+    torch.backends.cuda.enable_cudnn_sdp(True)  # PyTorch's default
     ids = torch.tensor([prompt], device=base.device)
     best = {"cache_implementation": "static"} if ids.is_cuda else {}
     text = base.generate(

@@ -28,7 +28,6 @@ from experiments.bench_sides import PROMPT, check_pair, decoder, random_llama
 from extras import speculative
 from extras.int8 import rounded
 from extras.speculative import Drafts, leading
-from ivl import generate
 from model import Llama, column_major
 from plumbing.files import InputError, given, number, pick_dtype, whole
 
@@ -105,8 +104,7 @@ class Trio:
     value: Llama
     names: str
     batches: list[list[list[int]]]
-    plain: Callable  # (prompts) → steps, as `ivl.generate` gives them
-    drafted: Callable  # (prompts, rounds=...) → the same
+    how: dict  # options of both
     never: list[int]  # ids that are not chosen
     chance: AbstractContextManager  # in which they run
 
@@ -128,15 +126,14 @@ def from_directories(args: argparse.Namespace) -> Trio:
     prompts = [speaker.prompt(messages) for messages in chats]
     size = args.batch_size
     (value,) = speaker.values
-    common = {"max_new_tokens": args.tokens, "stop": speaker.tokenizer.stop}
+    common = {"tokens": args.tokens, "stop": speaker.tokenizer.stop}
     return Trio(
         speaker.base,
         speaker.drafts.draft,
         value,
         " + ".join(f"{model.parent.name}/{model.name}" for model in models.values()),
         [prompts[i : i + size] for i in range(0, len(prompts), size)],
-        partial(decoder(speaker.base, value), **common, vocabulary=speaker.vocabulary),
-        partial(generate, speaker.base, [value], **common, vocabulary=speaker.vocabulary),
+        {**common, "vocabulary": speaker.vocabulary},
         sorted(speaker.differing),
         nullcontext(),
     )
@@ -155,13 +152,11 @@ def from_shapes(args: argparse.Namespace) -> Trio:
         for model in models:
             column_major(model)
     base, draft, value = models
-    common = {"max_new_tokens": args.tokens}
     return Trio(
         *models,
         " + ".join(names),
         [[PROMPT] * args.batch_size],
-        partial(decoder(base, value), **common),
-        partial(generate, base, [value], **common),
+        {"tokens": args.tokens},
         [],
         coin(0.8 if args.share is None else args.share),
     )
@@ -171,18 +166,18 @@ def bench(args: argparse.Namespace) -> Iterator[list[dict]]:
     """Speculative decoding against plain decoding of the same pair, in tokens per second."""
     directories = given(args, *DIRECTORIES)
     trio = from_directories(args) if directories else from_shapes(args)
-    ways = {"plain": trio.plain}
+    ways = {"plain": decoder(trio.base, trio.value)}
     drafts = {}
     for k in args.drafted:
         name = f"{k} drafted"
         drafts[name] = Drafts(trio.draft, k, trio.never)
-        ways[name] = partial(trio.drafted, rounds=drafts[name].rounds)
+        ways[name] = decoder(trio.base, trio.value, rounds=drafts[name].rounds)
 
     def run(decode: Callable) -> list[list[int]]:
         """All replies."""
         replies = []
         for prompts in trio.batches:
-            for row in zip(*decode(prompts)):
+            for row in zip(*decode(prompts, **trio.how)):
                 replies.append([i for i in row if i is not None])
         return replies
 

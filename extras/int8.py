@@ -9,13 +9,14 @@ it is read, tensor by tensor; embedding and unembedding too, the norms not.
 
 Why it multiplies as it does: on a CPU PyTorch's own product of bfloat16 rows with int8 numbers,
 `torch._weight_int8pack_mm`, beats float32 as long as reading the matrix is what takes the time, up
-to some 20 rows; its float32 form is several times slower than float32 itself, and so is torchao
-0.18, one call on `nn.Linear`, for one row, where nothing is compiled. For more rows, in prompts and
-in training, the matrix is made floats again, a piece of it at a time: on a CPU one that stays in
-the cache is made sooner than floats are read from memory, and no whole matrix of floats exists. On
-CUDA PyTorch's kernel takes float32 rows, and has a thread for each number of the result that reads
-a row of the matrix alone: there a short kernel of our own takes its place. PyTorch's compiler, in
-2.13, fails at PyTorch's product: so --compile is refused beside --base_dtype. What comes of it all:
+to some 20 rows: so decoding uses it. Its float32 form is several times slower than float32 itself,
+and so is torchao 0.18, one call on `nn.Linear`, for one row, where nothing is compiled. For more
+rows, and always in training, the matrix is made floats again, a piece of it at a time: on a CPU one
+that stays in the cache is made sooner than floats are read from memory, and no whole matrix of
+floats exists. On CUDA PyTorch's kernel takes float32 rows, and has a thread for each number of the
+result that reads a row of the matrix alone: there a short kernel of our own takes its place.
+PyTorch's compiler, in 2.13, fails at PyTorch's product: so --compile is refused beside
+--base_dtype. What comes of it all:
 
     python experiments/bench.py decode --shape 58m 24m --peers int8
     python experiments/bench.py train-step --shape 58m 24m --peers int8
@@ -32,6 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from ivl import kernels_compile
 from model import Config, Llama, allocate
 
 try:
@@ -42,7 +44,9 @@ except ImportError:
 
 STEPS = 127  # a row's largest weight, up or down
 SMALLEST = 1e-30  # scale, so that a row of zeros has one
-FEW = 16  # rows: up to so many are multiplied by the int8 numbers as they are
+# rows: up to so many are multiplied by the int8 numbers as they are. The kernel makes floats of the
+# numbers for each of them anew
+FEW = {"cpu": 16, "cuda": 4}
 PIECE = {"cpu": 2**20, "cuda": 2**25}  # weights that are made floats at a time, for more rows
 TAKEN = 16  # columns, which PyTorch's product on a CPU takes at a time, past the end of a row too
 ROWS, COLUMNS = 4, 1024  # of a matrix, that a program of the kernel reads at a time
@@ -150,8 +154,9 @@ def linear(x: Tensor, matrix: Matrix) -> Tensor:
     """x Wᵀ, as `F.linear`.  x (..., m) → (..., n)"""
     n, m = matrix.rounded.shape
     rows = x.reshape(-1, m)  # (r, m)
-    few = len(rows) <= FEW
-    if few and x.is_cuda and triton is not None:
+    # while training, where a batch is read in parts of any size, all are multiplied in one way
+    few = len(rows) <= FEW.get(x.device.type, FEW["cuda"]) and torch.is_inference_mode_enabled()
+    if few and x.is_cuda and kernels_compile():
         y = product(rows.contiguous(), matrix.rounded, matrix.scale)
     elif few and m % TAKEN == 0 and x.device.type == "cpu":
         rows, scale = rows.bfloat16().contiguous(), matrix.scale.bfloat16()
@@ -175,6 +180,9 @@ FUNCTIONS = {
 # ---------------------------------------------------------------- the kernel
 
 if triton is not None:
+    # bfloat16 holds each of the numbers exactly, and from H100 on there is a fast way to it;
+    # straight to float32 is one slow instruction a weight
+    VIA = tl.bfloat16
 
     @triton.jit
     def _product(
@@ -187,6 +195,7 @@ if triton is not None:
         m,
         ROWS: tl.constexpr,
         COLUMNS: tl.constexpr,
+        VIA: tl.constexpr,
     ):
         """One program for some rows of the matrix and one of x. Those that read the same rows of
         the matrix stand side by side, so that it comes from memory once.
@@ -198,7 +207,8 @@ if triton is not None:
             i = start + tl.arange(0, COLUMNS)
             there = (rows < n)[:, None] & (i < m)[None, :]
             W = tl.load(rounded + rows[:, None] * m + i[None, :], there, 0)
-            total += W.to(tl.float32) * tl.load(x + row_of_x * m + i, i < m, 0.0).to(tl.float32)
+            W = W.to(VIA).to(tl.float32)
+            total += W * tl.load(x + row_of_x * m + i, i < m, 0.0).to(tl.float32)
         sums = tl.sum(total, 1) * tl.load(scale + rows, rows < n, 0.0).to(tl.float32)
         tl.store(y + row_of_x * n + rows, sums.to(y.dtype.element_ty), rows < n)
 
@@ -210,7 +220,7 @@ def product(x: Tensor, rounded: Tensor, scale: Tensor) -> Tensor:
     r, n, m = len(x), *rounded.shape
     y = x.new_empty(r, n)
     with torch.cuda.device_of(x):  # or Triton would launch on the current device
-        _product[(r * triton.cdiv(n, ROWS),)](x, rounded, scale, y, r, n, m, ROWS, COLUMNS)
+        _product[(r * triton.cdiv(n, ROWS),)](x, rounded, scale, y, r, n, m, ROWS, COLUMNS, VIA)
     return y
 
 

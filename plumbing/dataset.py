@@ -21,6 +21,8 @@ from plumbing.files import InputError, open_tensors, save_tensors, verify
 from plumbing.tokenizer import Refused, Tokenizer
 
 CACHE = Path(__file__).parent.parent / "out" / "cache"
+# on CUDA a batch's T is padded up to a multiple of this: every new shape costs time
+ALIGNED = {"cuda": 128}
 FORMAT = "5"  # of the cached files: raise it when tokenization changes
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, targets, counted: see Chats.batch
@@ -96,14 +98,13 @@ class Chats:
         rows: Sequence[int],
         device: str | torch.device = "cpu",
         norm_width: int = 0,
-        align: int = 1,
     ) -> Batch:
         """Chats side by side, padded on the right: inputs, targets, counted, (B, T) each.
 
         targets: the token that each input is to predict, -100: none.
         counted: where the norm term looks: at the targets, or at each row's first `norm_width`
         positions, see `norm_count`.
-        T is a multiple of `align`. Where `rows` is empty, the batch is one row of padding.
+        T is a multiple of `ALIGNED`. Where `rows` is empty, the batch is one row of padding.
 
         Example: `[1, 5, 6, 7]`, of which 6 and 7 are a reply, and `[1, 5, 8]`, of which 8 is one
             inputs    1    5    6        targets  -100    6    7        counted  no  yes  yes
@@ -111,7 +112,7 @@ class Chats:
         """
         members = self.members(rows)
         T = max(norm_width, self.width(rows))
-        T = -(-T // align) * align  # rounded up
+        T += -T % ALIGNED.get(torch.device(device).type, 1)
         shape = (max(1, len(members)), T)
         inputs = torch.zeros(shape, dtype=torch.long)  # (B, T)
         targets = torch.full(shape, -100)  # (B, T)

@@ -597,9 +597,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """'auto' is bfloat16 on CUDA, else float32."""
+    """'auto' is bfloat16 on GPUs that compute in it (A100 and later), else float32."""
     if name == "auto":
-        name = "bfloat16" if device.type == "cuda" else "float32"
+        name = "float32"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+            name = "bfloat16"
     return getattr(torch, name)
 
 

@@ -1,5 +1,6 @@
 """That each bench runs and compares like with like. No test measures time."""
 
+import argparse
 import json
 import math
 import re
@@ -651,6 +652,27 @@ def test_tests_that_fail_are_named(monkeypatch, capsys):
     ended.stdout, ended.stderr = "", "/usr/bin/python: No module named pytest\n"
     with pytest.raises(RuntimeError, match="No module named pytest"):
         list(bench_gpu.tests(bench_gpu.Job("cpu")))
+
+
+def test_rows_are_given_as_soon_as_they_are_measured(monkeypatch):
+    """A part that is ended before it is done has lost nothing that was measured."""
+    done = []
+
+    def fails(model):
+        raise RuntimeError("the time is over")
+
+    monkeypatch.setattr(bench_gpu, "rounded", fails)
+    with pytest.raises(RuntimeError, match="over"):
+        for figures in bench_gpu.decode(bench_gpu.Job("cpu", decode=TOYS, lengths=(2, 4))):
+            done.append(figures.key)
+    assert done == ["pair", "bandwidth", "length"]
+
+
+def test_the_rows_lie_where_a_machine_that_is_lent_gives_them_back(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    parser = argparse.ArgumentParser()
+    bench_gpu.add_arguments(parser)
+    assert parser.parse_args([]).json == str(tmp_path / "bench_gpu.json")
 
 
 def test_the_tests_that_are_run_are_there():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_directory
 
+from plumbing import dataset
 from plumbing.chats import Chat, read_chats
 from plumbing.dataset import Chats, epoch_batches, tokenize, tokenize_chat
 from plumbing.files import InputError
@@ -237,7 +238,7 @@ def test_tokens_are_cached_until_something_changes(tmp_path, cache, plain, chats
     assert len(list(cache.iterdir())) == 3
 
 
-def test_batches_are_shifted_and_padded(tmp_path, cache, plain, chats_file):
+def test_batches_are_shifted_and_padded(tmp_path, cache, plain, chats_file, monkeypatch):
     chats = tokenize(read_chats(chats_file), plain, 200)
     inputs, targets, counted = chats.batch([0, 2])
     assert torch.equal(counted, targets >= 0)
@@ -248,7 +249,8 @@ def test_batches_are_shifted_and_padded(tmp_path, cache, plain, chats_file):
         assert torch.equal(inputs[row, :n], ids[:-1]) and (inputs[row, n:] == 0).all()
         assert torch.equal(targets[row, :n], torch.where(target[1:], ids[1:], -100))
         assert (targets[row, n:] == -100).all()
-    wide = chats.batch([0, 2], norm_width=240, align=128)
+    monkeypatch.setattr(dataset, "ALIGNED", {"cpu": 128})
+    wide = chats.batch([0, 2], norm_width=240)
     assert wide[0].shape == (2, 256) and torch.equal(wide[0][:, : inputs.shape[1]], inputs)
     assert wide[2][:, :240].all() and not wide[2][:, 240:].any()
     assert chats.count_targets([0, 2]) == int((targets >= 0).sum()) == chats.loss_count([0, 2])

@@ -11,6 +11,7 @@ from conftest import TEXT
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 import ivl
 from extras import explain, mapped
@@ -244,6 +245,36 @@ def test_a_pair_decodes_wherever_its_models_are(gpus, name, way):
     how = {"alphas": [0.7] * len(values), "vocabulary": 110, **way}
     steps = list(ivl.generate(base, values, PROMPTS, 4, **how))
     assert steps == [[5, 5, 5]] * 4
+
+
+class OnDevice(TorchFunctionMode):
+    """Whatever is made is on a GPU."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for made in tree_leaves(out):
+            if isinstance(made, torch.Tensor):
+                assert made.device.type == "cuda", f"{func} makes a tensor on the host"
+        return out
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["one device", "base alone", "cascade", "cascade+", "probe"])
+def test_a_step_makes_nothing_on_the_host(gpus, name, way):
+    """What a graph is recorded of: a tensor from the host would be the same in each replay, and
+    each copy from there holds the device up.
+    """
+    base, values = pair(name)
+    readers = [model.reader(3, 12) for model in [base, *values]]
+    for reader in readers:
+        reader.read(*ivl.padded(PROMPTS))
+    generator = torch.Generator(FIRST)
+    new = torch.zeros(3, 1, dtype=torch.long, device=FIRST)
+    how = way.get("temperature", 0.0), way.get("top_k", 0), way.get("top_p", 1.0)
+    with OnDevice():
+        z_base, *z_deltas = [reader.read(new) for reader in readers]
+        z_post = ivl.combine_all(z_base, z_deltas, None)[:, :110]
+        assert ivl.choose(z_post, *how, generator).shape == (3,)
 
 
 @pytest.fixture

@@ -268,6 +268,41 @@ def test_chunks_have_rows_enough_on_a_gpu_and_fit_the_cache_on_a_cpu():
     assert ivl.chunk_rows(10**9, "cpu") == 1
 
 
+@pytest.mark.parametrize("missing", ["nothing", "compiler", "headers", "both"])
+def test_without_a_compiler_the_plain_twin_does_the_work(monkeypatch, capsys, tmp_path, missing):
+    """Triton compiles the launcher of its kernels, with the C compiler and the headers that it
+    finds: it would end in a traceback of its own.
+    """
+    monkeypatch.setattr(ivl, "triton", ivl.triton or object())
+    monkeypatch.setattr(ivl, "combine_loss_fused", lambda *_: "the kernel")
+    monkeypatch.delenv("CC", raising=False)
+    found = None if missing in ("compiler", "both") else "/usr/bin/cc"
+    monkeypatch.setattr(ivl.shutil, "which", lambda name: found)
+    monkeypatch.setattr(ivl.sysconfig, "get_config_var", lambda name: str(tmp_path))
+    if missing in ("nothing", "compiler"):
+        (tmp_path / "Python.h").touch()
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    ivl.kernels_compile.cache_clear()
+    z_base, z_delta = torch.randn(2, 3, 50)
+    targets, counted = torch.tensor([4, -100, 7]), torch.tensor([True, False, True])
+    expected = ivl.combine_loss(z_base, z_delta.clone(), targets, counted, 1.0, 0.5)
+    for _ in range(2):
+        z = z_delta.clone().as_subclass(OnCuda)
+        got = ivl.combine_loss(z_base, z, targets, counted, 1.0, 0.5)
+        if missing == "nothing":
+            assert got == "the kernel"
+        else:
+            assert torch.equal(got.as_subclass(torch.Tensor), expected)
+    told = capsys.readouterr().err
+    assert told.count("Triton") == (missing != "nothing")  # once
+    assert ("gcc" in told) == (missing in ("compiler", "both"))
+    assert ("Python.h" in told) == (missing in ("headers", "both"))
+    ivl.kernels_compile.cache_clear()
+
+
 def test_products_are_added_in_the_precision_of_the_total():
     g = torch.Generator().manual_seed(0)
     a, b = torch.rand(16, 64, generator=g).bfloat16(), torch.rand(64, 32, generator=g).bfloat16()

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-CAPABILITIES = (80, 90, 100)  # A100, H100 and H200, B200
+# T4, A100, RTX 30, RTX 40, H100 and H200, B200, RTX 50
+CAPABILITIES = (75, 80, 86, 89, 90, 100, 120)
 NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -36,7 +37,9 @@ def combine_loss_launches() -> Iterator[tuple[str, Callable]]:
     import ivl
 
     floats = (torch.bfloat16, torch.float16, torch.float32)
-    for dtype, has_base, V in itertools.product(floats, (True, False), (32000, 32003)):
+    ways = [*itertools.product(floats, (True, False), (32000, 32003))]
+    ways.append((torch.bfloat16, True, 128256))  # Llama-3
+    for dtype, has_base, V in ways:
         z_delta = torch.empty(3, V, dtype=dtype, device="meta")  # shapes and types are all it needs
         targets = torch.empty(3, dtype=torch.long, device="meta")
         z_base = torch.empty_like(z_delta) if has_base else None
@@ -45,14 +48,15 @@ def combine_loss_launches() -> Iterator[tuple[str, Callable]]:
 
 
 def product_launches() -> Iterator[tuple[str, Callable]]:
-    """Rows of each type by matrices whose rows are aligned and others."""
+    """Rows of each type, and one alone, by matrices whose rows are aligned and others."""
     from extras import int8
 
-    for dtype, m in itertools.product((torch.bfloat16, torch.float32), (4096, 4090)):
-        x = torch.empty(3, m, dtype=dtype, device="meta")
+    floats = (torch.bfloat16, torch.float32)
+    for dtype, m, r in itertools.product(floats, (4096, 4090), (1, 3)):
+        x = torch.empty(r, m, dtype=dtype, device="meta")
         rounded = torch.empty(50, m, dtype=torch.int8, device="meta")
         scale = torch.empty(50, dtype=dtype, device="meta")
-        yield f"{NAMES[dtype]}, rows of {m}", lambda: int8.product(x, rounded, scale)
+        yield f"{NAMES[dtype]}, {r} rows of {m}", lambda: int8.product(x, rounded, scale)
 
 
 # each kernel by its name, and calls that launch it in all the ways there are; a function that only
@@ -125,6 +129,9 @@ def compiled(kernel, given: tuple, options: dict, capability: int) -> dict:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + NAMES[value.dtype]
             attributes[i,] = [["tt.divisibility", 16]]
+        elif value == 1 and not isinstance(value, float):
+            signature[parameter.name] = "constexpr"  # as the compiler in time has it: one row
+            constants[parameter.name] = value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
@@ -141,7 +148,11 @@ def compiled(kernel, given: tuple, options: dict, capability: int) -> dict:
             )
     except Exception as error:
         return dict(error=f"{type(error).__name__}: {error}")
-    return dict(ttir=binary.asm["ttir"], ptxas=ptxas.getvalue())
+    # what the GPU will run, where the test reads it
+    found = dict(ttir=binary.asm["ttir"], ptxas=ptxas.getvalue())
+    if capability == 90:
+        found["sass"] = binary.asm["sass"]
+    return found
 
 
 def main(root: Path) -> None:
@@ -213,6 +224,21 @@ def test_the_target_s_logit_is_read_before_a_gradient_can_stand_there(report):
         assert not re.findall(one_logit, after), way
         assert "tt.store" not in before, way
         assert "tt.store" in after, way
+
+
+def test_eight_bits_are_read_wide_and_made_floats_without_slow_instructions(report):
+    """I2F, an integer to a float, runs at a fraction of the other instructions' pace: one for each
+    weight would keep a large GPU from reading as fast as its memory can. (I2F.RP is a part of the
+    division that tells a program its place.)
+    """
+    ways = {
+        way: result["sass"]
+        for way, result in report["results"].items()
+        if way.startswith("_product, sm_90") and "of 4096" in way
+    }
+    assert ways
+    for way, sass in ways.items():
+        assert not re.search(r"I2F(?!\.RP)", sass) and "LDG.E.128" in sass, way
 
 
 @pytest.mark.parametrize("module, kernel", [("ivl", "_combine_loss"), ("extras.int8", "_product")])

@@ -1,11 +1,16 @@
 """Replies as a user asks for them."""
 
+import gc
 import json
+import weakref
 
 import pytest
+import torch
 from conftest import assert_refused, in_a_process, make_directory
 
 import sample
+from plumbing.tokenizer import Tokenizer
+from vocab_map import VocabMap
 
 
 @pytest.fixture
@@ -346,3 +351,32 @@ def test_a_model_that_is_not_here_is_told_where_it_is(ask, run, chats_file, tmp_
     assert "download" not in absent.stderr
     hint = "hf download OWNER/Llama-2-7b --local-dir Llama-2-7b"
     assert_refused(ask("hello", base="Llama-2-7b"), "--base", hint)
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_models_go_with_their_speaker(base_dir, value_dir, other_dir, tmp_path, mapped):
+    """Under torchrun NCCL waits at its end until all recorded graphs are gone: nothing that holds
+    them may wait for the garbage collector.
+    """
+    words = ["--base", base_dir, "--value", value_dir]
+    if mapped:
+        mapping = VocabMap.make(Tokenizer(base_dir), Tokenizer(other_dir), ["The cat sat."])
+        mapping.save(tmp_path / "map.safetensors")
+        words = ["--base", base_dir, "--value", other_dir, "--map", tmp_path / "map.safetensors"]
+    gc.collect()
+    gc.disable()
+    try:
+        speaker = sample.Speaker(sample.arguments([*map(str, words)]))
+        list(speaker.replies([[1, 5]], most=2))
+        owner = weakref.ref(speaker), weakref.ref(speaker.base)
+        del speaker
+        assert [one() for one in owner] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_decoding_does_not_plan_attention_anew_for_each_length(base_dir):
+    """cuDNN would, for each of the shapes that come with nearly every token."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    sample.Speaker(sample.arguments(["--base", str(base_dir), "--value", "none"]))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import assert_refused, in_a_process
 
 import ivl
@@ -18,7 +19,7 @@ from extras import losses as losses_module
 from extras.connections import Connected, Probe
 from model import Config, Llama, load
 from plumbing.chats import read_chats
-from plumbing.dataset import Chats, tokenize
+from plumbing.dataset import tokenize
 from plumbing.files import InputError
 from plumbing.tokenizer import Tokenizer
 
@@ -456,16 +457,48 @@ def test_compiled_blocks_train_the_same_model(run, base_dir, value_dir, chats_fi
 
 
 def test_batches_of_whole_tiles_train_the_same(setup, monkeypatch):
-    """On CUDA batches are padded to a multiple of 128: here the same, on the CPU."""
+    """On CUDA all batches, the held-out ones too, are padded to a multiple of 128, since every new
+    shape of attention costs time there: here the same, on the CPU.
+    """
     _, losses = setup("plain")
-    batch = Chats.batch
+    shapes = set()
+    attention = F.scaled_dot_product_attention
 
-    def aligned(chats, rows, device, norm_width=0, align=1):
-        return batch(chats, rows, device, norm_width, 128)
+    def noted(q, *others, **options):
+        shapes.add(q.shape[-2])
+        return attention(q, *others, **options)
 
-    monkeypatch.setattr(Chats, "batch", aligned)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr("plumbing.dataset.ALIGNED", {"cpu": 128})
     _, padded = setup("padded")
     assert padded == pytest.approx(losses, abs=1e-5)
+    assert shapes == {128}
+
+
+def test_many_shapes_stay_compiled(monkeypatch):
+    """A curriculum compiles blocks of several shapes, each read in several ways; past its limit
+    PyTorch would run the last ones as they are, without a word.
+    """
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(0)
+
+        def run(*args):
+            graphs[-1] += 1
+            return graph(*args)
+
+        return run
+
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend))
+    for width in range(16, 16 + 4 * 12, 4):
+        config = Config(20, width, 24, 2, 2, 1, 8, 64)
+        model = trainer.compiled(Llama(config))
+        before = sum(graphs)
+        model(torch.ones(1, 5, dtype=torch.long))
+        assert sum(graphs) == before + 2, f"a block of width {width} is not compiled"
 
 
 def test_a_curriculum_of_the_command_line_frees_its_bases_too(

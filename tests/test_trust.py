@@ -21,7 +21,7 @@ from model import load
 from plumbing import dataset, files
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
-from plumbing.files import InputError
+from plumbing.files import InputError, pick_dtype
 from plumbing.tokenizer import TEMPLATES, Tokenizer
 
 
@@ -797,3 +797,11 @@ def test_a_core_is_left_to_others():
             assert torch.get_num_threads() == left
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("capability, name", [((7, 5), "float32"), ((8, 0), "bfloat16")])
+def test_bfloat16_only_where_a_gpu_computes_in_it(monkeypatch, capability, name):
+    """A T4 would emulate it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_dtype("auto", torch.device("cuda")) == getattr(torch, name)
+    assert pick_dtype("bfloat16", torch.device("cuda")) == torch.bfloat16
