@@ -38,8 +38,8 @@ except ImportError:  # not on macOS and Windows: every kernel has a plain twin
     triton = None
 
 # rows of logits that are made at a time in training: on a GPU so many that dW += dzᵀ h is worth
-# reading and writing dW for it; on a CPU as many as have so many logits
-CHUNK = 1024
+# reading and writing dW for it, whatever V is; on a CPU as many as have so many logits
+CHUNK = 640
 CPU_LOGITS = 2**21
 ROWS = 128  # products are fastest with a multiple of so many rows
 BLOCK = 4096  # logits of a row that the kernel holds at a time
