@@ -74,7 +74,7 @@ def made_floats(config: Config, network: type[Llama], rows: int, matrix: str) ->
     """The bytes of what is made bfloat16 of an int8 matrix at a time, to multiply it by so many
     rows: of the largest "in a layer", or of the "unembedding"; see extras/int8.py.
     """
-    if network is Llama or rows <= FEW:
+    if network is Llama or rows <= FEW["cuda"]:
         return 0
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     n = {"in a layer": max(2 * config.intermediate_size, heads), "unembedding": config.vocab_size}
