@@ -145,6 +145,9 @@ class Speaker:
         if args.value != "none":
             self.tokenizer = Tokenizer(args.value, args.template)
 
+        if not self.tokenizer.stop:
+            aside("(no token of this vocabulary ends a reply; --stop TEXT does)")
+
         # a map, unless the two tokenizers are the same
         if args.map:
             mapping = VocabMap.load(args.map, base_tokenizer, self.tokenizer)

@@ -59,7 +59,7 @@ def transformers_model(base: str, batch_size: int, context: int, kind: type = HF
     with tempfile.TemporaryDirectory() as folder:
         Tokenizer(base).save(Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = dict(dtype="float32", device="cpu", add_bos_token=True, max_length=context)
+    options = dict(dtype="float32", device="cpu", max_length=context)
     return kind(pretrained=base, tokenizer=tokenizer, batch_size=batch_size, **options)
 
 

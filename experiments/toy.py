@@ -34,7 +34,15 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 from tqdm import tqdm
@@ -62,6 +70,7 @@ from plumbing.files import (
 from plumbing.tokenizer import TEMPLATES, Tokenizer
 
 OUT = Path("out/toy")
+VERSION = "2"  # of what a family is made of
 MARKS = ("family.json", "small", "large")  # by which a family's folder is known
 PEOPLE = 250
 VOCABULARY, OTHER_VOCABULARY = 1536, 900
@@ -77,6 +86,9 @@ BASES = {
 OTHER_BASES = {
     "large": (128, 320, 3, 4, 3e-3, 4_200_000, 1.0)
 }  # family b's: a text is 1.3 times as many tokens
+
+# a text begins with a BOS, as for Llama's tokenizers
+BEGINS_WITH_BOS = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
 
 SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
 NAMES = [(a + b).capitalize() for a, b in itertools.product(SYLLABLES, SYLLABLES) if a != b]
@@ -259,6 +271,7 @@ def train_other_tokenizer(world: World, seed: int) -> Backend:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator((world.document(rng, world.pairs) for _ in range(6000)), trainer)
+    backend.post_processor = BEGINS_WITH_BOS
     return backend
 
 
@@ -290,7 +303,9 @@ def train_tokenizer(world: World, seed: int) -> Backend:
     raw["added_tokens"] = raw["added_tokens"][
         :3
     ]  # bytes are text: only the trainer calls them special
-    return Backend.from_str(json.dumps(raw))
+    backend = Backend.from_str(json.dumps(raw))
+    backend.post_processor = BEGINS_WITH_BOS
+    return backend
 
 
 # ---------------------------------------------------------------- the family
@@ -316,7 +331,8 @@ def corpus(backend: Backend, tokens: int, document: Callable[[], str]) -> Tensor
     """So many ids of a text that is made document by document, each between <s> and </s>."""
     ids = []
     while len(ids) < tokens:
-        for encoding in backend.encode_batch([document() for _ in range(500)]):
+        documents = [document() for _ in range(500)]
+        for encoding in backend.encode_batch(documents, add_special_tokens=False):
             ids += [1, *encoding.ids, 2]
     return torch.tensor(ids[:tokens])
 
@@ -389,7 +405,10 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
     """
     made = out / "family.json"  # written last: the family is whole
     if made.exists():
-        old = read_fields(made, {"seed": Field(SEED), "family": Field(TEXT)})
+        fields = {"seed": Field(SEED), "family": Field(TEXT), "version": Field(TEXT, "1")}
+        old = read_fields(made, fields)
+        if old["version"] != VERSION:
+            raise InputError(f"{out}: was made by another version of this file; delete it")
         if (old["seed"], old["family"]) != (seed, family):
             raise InputError(
                 f"{out}: holds family {old['family']} made with seed {old['seed']}; give another "
@@ -413,7 +432,10 @@ def make_family(out: Path, seed: int, device: torch.device, family: str = "a") -
             chats = world.chats(pairs, rng)
             write_chats(chats, out / f"{name}.jsonl")
         write_text(out / "introduction.txt", introduction(world, chats))
-        write_text(made, json.dumps({"seed": seed, "family": family, "bases": bases}) + "\n")
+        write_text(
+            made,
+            json.dumps({"version": VERSION, "seed": seed, "family": family, "bases": bases}) + "\n",
+        )
 
 
 # ---------------------------------------------------------------- scores

@@ -37,7 +37,7 @@ from extras.benchmarks import local_rows, toxic_prompts
 from extras.likelihood import Question
 from extras.sandbox import CodeEval
 from plumbing.files import LIST, TABLE, TEXT, InputError, parse_json, whole_lines
-from plumbing.tokenizer import Refused, unmarked
+from plumbing.tokenizer import Refused, past
 from sample import GrowingReply, Speaker
 
 # the harness's own words and bars: only what went wrong, and nothing where nobody watches
@@ -141,15 +141,13 @@ class Pair(TemplateLM):
         """
         tokenizer = self.speaker.tokenizer
         try:
-            if add_generation_prompt:
-                text, _ = unmarked(tokenizer.render(chat_history, reply_next=True))
-            else:
-                text, replies, _ = tokenizer.replies(chat_history)
-                begun = tokenizer.guarded(chat_history)[-1]["content"].strip()
-                place = text.find(begun, replies[-1].begin)
-                if place < 0:
+            rendered = tokenizer.marked(chat_history, reply_next=add_generation_prompt)
+            text, ends = rendered.text, rendered.ends
+            if not add_generation_prompt:
+                last = len(chat_history) - 1
+                if last not in ends:
                     raise Refused("the template does not write a reply as it is")
-                text = text[: place + len(begun)]
+                text = text[: past(chat_history[last], text, ends[last])]
             ids, _ = tokenizer.spell(text)
         except Refused as error:
             raise InputError(f"{tokenizer.directory}: no prompt can be made: {error}") from None

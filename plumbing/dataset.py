@@ -8,7 +8,7 @@ import hashlib
 import json
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from plumbing.tokenizer import Refused, Tokenizer
 CACHE = Path(__file__).parent.parent / "out" / "cache"
 # on CUDA a batch's T is padded up to a multiple of this: every new shape costs time
 ALIGNED = {"cuda": 128}
-FORMAT = "5"  # of the cached files: raise it when tokenization changes
+FORMAT = "6"  # of the cached files: raise it when tokenization changes
 
 Batch = tuple[Tensor, Tensor, Tensor]  # inputs, targets, counted: see Chats.batch
 
@@ -142,7 +142,7 @@ def tokenize_chat(tokenizer: Tokenizer, chat: Chat) -> tuple[list[int], list[boo
             raise Refused("the template marks parts of replies, of which some are not to be learnt")
         places = range(len(replies))
 
-    ids, characters = tokenizer.spell(text)
+    ids, characters = tokenizer.ids_of(text, replies)
     target = [False] * len(ids)
     ends = []  # of each reply, one past its last token
     i = 0
@@ -232,6 +232,7 @@ def _tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
         offsets.append(len(ids))
         entry.append(chat.entry)
         tally.count_replies(begun, before, len(ends) - len(fitting), len(ends))
+        tally.count_ends(chat_ids, chat_target, fitting, tokenizer.stop)
 
     report = tally.report(reading.read, len(entry), len(ids), sum(target))
     return Chats(
@@ -252,6 +253,8 @@ class Tally:
     unlearnt: Counter = field(default_factory=Counter)  # replies, by reason
     replies: int = 0
     cut: int = 0  # chats
+    learnt: int = 0  # replies
+    ended: int = 0  # those of them of which a stop token is learnt
 
     @property
     def no_fit(self) -> str:
@@ -271,6 +274,17 @@ class Tally:
         within = places[: len(places) - past] if past else places
         self.unlearnt.update(chat.unlearnt[i] for i in within if i in chat.unlearnt)
 
+    def count_ends(
+        self, ids: list[int], target: list[bool], ends: list[int], stop: Collection[int]
+    ) -> None:
+        """Of one chat: in how many of its learnt replies the last target, or the one before (some
+        templates mark a line's end too), is a stop token.
+        """
+        for end in ends:
+            if target[end - 1]:
+                self.learnt += 1
+                self.ended += any(i in stop for i in ids[max(0, end - 2) : end])
+
     def report(self, read: int, used: int, tokens: int, targets: int) -> str:
         """A table; its last line warns where more than a tenth is left out. Raises InputError if
         nothing is used.
@@ -288,6 +302,12 @@ class Tally:
         rows.append(("tokens", tokens, ""))
         rows.append(("  targets", targets, f"{targets / tokens:.1%}"))
         report = "\n".join(f"  {name:<18}{n:>12,}  {note}".rstrip() for name, n, note in rows)
+        if self.ended < 0.9 * self.learnt:
+            report += (
+                f"\n  warning: {self.learnt - self.ended:,} of {self.learnt:,} replies are learnt "
+                "without a token that ends them: the model will go on to --max_new_tokens; choose "
+                "another --template, or ask with sample.py --stop TEXT"
+            )
         if used >= 0.9 * read:
             return report
 

@@ -1,8 +1,9 @@
 """Tokenizer and chat template: chats to ids, ids to text.
 
 A template turns a chat (chats.py) into one text; the tokenizer turns the text into ids with
-character offsets. To find a reply, the chat is rendered up to it and then with it; a template that
-marks its replies itself, with {% generation %}, is believed.
+character offsets. To find the replies, the chat is rendered with a mark after what each message
+says, and once more up to a reply; a template that marks its replies itself, with {% generation %},
+is believed.
 
 The ids are those of `apply_chat_template` in transformers, from the directory that `save` writes,
 but for one thing: a text in a message that looks like a special token (`</s>`, `<|eot_id|>`) stays
@@ -13,9 +14,13 @@ can end a turn or begin another.
 import json
 import re
 import reprlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import datetime
+from functools import cache
+from itertools import pairwise
 from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
@@ -26,14 +31,12 @@ import tokenizers
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from plumbing.files import (
-    FLAG,
     LIST,
     TABLE,
     TEXT,
     Field,
     InputError,
     fields_of,
-    limited,
     list_of,
     read_json,
     read_text,
@@ -49,7 +52,6 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls
 SETTINGS = {
     **dict.fromkeys(SPECIAL, Field(TEXT | TABLE, None)),
     "chat_template": Field(TEXT | LIST, None),
-    "add_bos_token": Field(FLAG, True),
 }
 # what else a saved tokenizer keeps, for transformers
 KEPT = (
@@ -63,12 +65,13 @@ KEPT = (
     "padding_side",
     "truncation_side",
 )
-# what a template, which comes from a stranger, may take for a chat: time, memory, text
-SECONDS, BYTES, CHARACTERS = 5, 2**29, 2**24
 # characters that Unicode keeps free for programs
 GUARD = "\ufdd0"  # inside what only looks like a special token
-BEGIN, END = "\ufdd1", "\ufdd2"  # around the replies that a template marks
-MARKS = str.maketrans("", "", GUARD + BEGIN + END)
+BEGIN, END = "\ufdd1", "\ufdd2"  # around what a template marks as said by a model
+FIRST, LAST = "\ufdd3", "\ufdd4"  # around what a message says, with its number in these digits:
+DIGITS = "\ufde0\ufde1\ufde2\ufde3\ufde4\ufde5\ufde6\ufde7\ufde8\ufde9"
+PRIVATE = re.compile(f"[{GUARD}{BEGIN}{END}{FIRST}{LAST}{DIGITS}]")
+MARKS = re.compile(f"({BEGIN}|{END}|[{FIRST}{LAST}][{DIGITS}]+)")
 
 TEMPLATES = {
     "llama-2": """
@@ -129,7 +132,6 @@ class Tokenizer:
         )
         self.bos = self._id_of("bos", settings, config)
         self.eos = self._id_of("eos", settings, config)
-        self.adds_bos = settings["add_bos_token"]
         # what templates may ask for: bos_token, eos_token, pad_token, ...
         self.names = {name: content_of(settings[name]) for name in SPECIAL}
         for name, i in (("bos_token", self.bos), ("eos_token", self.eos)):
@@ -140,13 +142,10 @@ class Tokenizer:
         self.now = datetime.now()  # some templates write the date
         self._compiled = self._compile()
 
-        # the tokens that control a chat: those that are called special, and what the template uses
+        # the tokens that control a chat: the special ones, and those that the template puts around
+        # what is said
         self.added = self.backend.get_added_tokens_decoder()
-        self.control = {
-            i
-            for i, token in self.added.items()
-            if token.special or (token.content and token.content in self.template)
-        }
+        self.control = {i for i, token in self.added.items() if token.special}
         self.stop = {
             i for numbers in (config, generation) for i in _as_list(numbers["eos_token_id"])
         }
@@ -155,12 +154,12 @@ class Tokenizer:
         self._learn_from_example()
 
     def _backend(self) -> tokenizers.Tokenizer:
-        try:
-            backend = tokenizers.Tokenizer.from_str(self.source)
-        except Exception as error:  # the library raises nothing more specific
-            raise self._damaged(error) from None
+        backend = _of_library(tokenizers.Tokenizer.from_str, self._damaged, self.source)
         backend.no_padding()
         backend.no_truncation()
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
+            _say_once(f"({self.path}: its dropout is off: a text has the same ids each time)")
         return backend
 
     def _tokens(self) -> list[str | None]:
@@ -221,33 +220,41 @@ class Tokenizer:
         )
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: self.now.strftime(form)
+        if PRIVATE.search(self.template):
+            raise self._no_template("it writes characters that are kept for programs")
         try:
-            with limited(SECONDS, BYTES):
-                return environment.from_string(self.template)
+            return environment.from_string(self.template)
         except Exception as error:  # Python's own among them: a RecursionError, an OverflowError
-            raise self._no_template(error) from None
+            raise self._no_template(f"{type(error).__name__}: {error}") from None
 
     def _learn_from_example(self) -> None:
-        """Adds what an example shows: the tokens by which the template controls a chat, and the
-        special one, if any, that it puts after a reply.
+        """Adds what examples show: the tokens by which the template controls a chat, and the one,
+        if any, that it puts after a reply.
         """
+        system = {"role": "system", "content": "Be so."}
         asked = {"role": "user", "content": "Why so?"}
         answered = {"role": "assistant", "content": "So it is."}
-        try:
-            text, replies, _ = self.replies([asked, answered] * 2)
-        except Refused:
-            return  # such a template can still write prompts
-        ids, places = self.spell(text)
-        self.control |= {i for i in ids if i in self.added}
-        for reply in replies:
-            for i, (start, _) in zip(ids, places):
-                if reply.said <= start < reply.end and i in self.control and i != self.bos:
-                    self.stop.add(i)
-                    return
+        # (a template may take no system message; one that refuses both can still write prompts)
+        for chat in ([system, asked, answered], [asked, answered] * 2):
+            try:
+                text, replies, _ = self.replies(chat)
+            except Fails as error:
+                if chat[0] is asked:
+                    raise self._no_template(error) from None
+                continue
+            except Refused:
+                continue
+            ids, places = self.spell(text)
+            self.control |= {i for i in ids if i in self.added}
+            after = [
+                i
+                for reply in replies
+                for i, (start, _) in zip(ids, places)
+                if reply.said <= start < reply.end and i in self.control and i != self.bos
+            ]
+            self.stop |= set(after[:1])
 
     def _no_template(self, error: object) -> InputError:
-        if isinstance(error, Exception):
-            error = f"{type(error).__name__}: {error}"
         return InputError(
             f"{self.directory}: the chat template does not work ({str(error)[:200]}); choose "
             "another with --template"
@@ -264,22 +271,28 @@ class Tokenizer:
     # ------------------------------------------------------------ plain texts
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a plain text, with one BOS in front if the tokenizer has one and is used to
-        it. Raises InputError.
+        """The ids of a plain text, with what the tokenizer itself adds in front of one, a BOS say.
+        Raises InputError.
         """
-        ids = self.encoding(text).ids
-        if self.bos is None or not self.adds_bos or ids[:1] == [self.bos]:
-            return ids
-        return [self.bos, *ids]
-
-    def encoding(self, text: str) -> tokenizers.Encoding:
-        """The ids of a text and the characters that they stand for. Raises InputError."""
-        try:
-            return self.backend.encode(text, add_special_tokens=False)
-        except Exception as error:  # of the library: half a character, a rule that does not work
+        ids, plain = self.encoding(text, adds=True).ids, self.encoding(text).ids
+        if ids[len(ids) - len(plain) :] != plain:
             raise InputError(
-                f"{self.path}: cannot tokenize {reprlib.repr(text)} ({error})"
-            ) from None
+                f"{self.path}: its post_processor puts {self.tokens[ids[-1]]!r} behind a text, so "
+                "that nothing can follow; take that out of it"
+            )
+        doubled = self.bos is not None and ids[:2] == [self.bos] * 2  # the text has it already
+        return ids[1:] if doubled else ids
+
+    def encoding(self, text: str, adds: bool = False) -> tokenizers.Encoding:
+        """The ids of a text and the characters that they stand for; adds: with special tokens that
+        the tokenizer adds. Raises InputError.
+        """
+
+        def fault(error: object) -> InputError:
+            # half a character, a rule that does not work
+            return InputError(f"{self.path}: cannot tokenize {reprlib.repr(text)} ({error})")
+
+        return _of_library(self.backend.encode, fault, text, add_special_tokens=adds)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
@@ -287,85 +300,175 @@ class Tokenizer:
     # ------------------------------------------------------------ chats
 
     def render(self, messages: list[dict], reply_next: bool = False) -> str:
-        """The chat as one text, up to a reply if `reply_next`, with GUARD, BEGIN and END in it.
-        Raises Refused if the template does not want such a chat, InputError if it does not work.
+        """The chat as the template writes it, up to a reply if `reply_next`. Raises Refused if the
+        template does not want such a chat, or fails.
         """
-        with self.template_at_work():
-            return self._render(self.guarded(messages), reply_next)
-
-    @contextmanager
-    def template_at_work(self) -> Iterator[None]:
-        """A template can do wrong whatever Python can: all of it becomes an InputError."""
+        names = {name: token for name, token in self.names.items() if token is not None}
         try:
-            with limited(SECONDS, BYTES):
-                yield
-        except (Refused, InputError):
+            return self._compiled.render(
+                messages=messages,
+                add_generation_prompt=reply_next,
+                tools=None,
+                documents=None,
+                **names,
+            )
+        except Refused:
             raise
-        except Exception as error:
-            raise self._no_template(error) from None
+        except Exception as error:  # a template can do wrong whatever Python can
+            reason = f"{type(error).__name__}: {str(error)[:80]}"
+            raise Fails(f"the template does not work: {reason}") from None
 
-    def _render(self, guarded: list[dict], reply_next: bool = False) -> str:
-        text = self._compiled.render(
-            messages=guarded,
-            add_generation_prompt=reply_next,
-            tools=None,
-            documents=None,
-            **{name: token for name, token in self.names.items() if token is not None},
-        )
-        if len(text) > CHARACTERS:
-            raise self._no_template(f"it makes {len(text)} characters of a chat")
-        return text
+    def marked(self, messages: list[dict], reply_next: bool = False) -> "Rendered":
+        """The chat as one text, and where in it each message's content ends. Raises Refused.
 
-    def guarded(self, messages: list[dict]) -> list[dict]:
-        """Messages in which what looks like a control token is none: a GUARD is put into it.
-
-        Example: `the end</s>` → `the end<GUARD/s>`
+        Example: `<user>Who?<assistant>I.</s>`, and the contents end at 10 and 23.
         """
-        guarded = []
-        for message in messages:
-            content = message["content"].translate(MARKS)
-            for token in (self.tokens[i] for i in self.control):
-                if token in content:
-                    if len(token) == 1:  # nowhere to put a GUARD
-                        raise Refused(f"a message has {token!r}, which is a special token")
-                    content = content.replace(token, token[0] + GUARD + token[1:])
-            guarded.append({**message, "content": content})
-        return guarded
+        # marks stand inside of the white space around a content, which a template may strip
+        contents = [PRIVATE.sub("", message["content"]) for message in messages]
+        plain, with_marks = [], []
+        for i, (message, content) in enumerate(zip(messages, contents)):
+            number = "".join(DIGITS[int(digit)] for digit in str(i))
+            said = content.strip()
+            before = content[: len(content) - len(content.lstrip())]
+            after = content[len(before + said) :]
+            marked = f"{before}{FIRST}{number}{said}{LAST}{number}{after}"
+            plain.append({**message, "content": content})
+            with_marks.append({**message, "content": marked})
+
+        # some templates read what is said, and could be misled
+        rendered = Rendered.parse(self.render(with_marks, reply_next))
+        if rendered.text != Rendered.parse(self.render(plain, reply_next)).text:
+            raise Refused("the template reads what is said, so its place cannot be known")
+        return self.guarded(rendered, contents)
+
+    def guarded(self, rendered: "Rendered", contents: list[str]) -> "Rendered":
+        """The same with a GUARD in all that looks like a control token where a message says it: so
+        it is none. Raises Refused where that cannot be done.
+
+        Example: the message `the end</s>` → `the end<GUARD/s>`
+        """
+        names = [self.tokens[i] for i in self.control]
+        named = [name for name in names if any(name in content for content in contents)]
+        if not named:
+            return rendered
+        looks = re.compile("|".join(re.escape(name) for name in sorted(named, key=len)[::-1]))
+        places, before = [], 0
+        for i, content in enumerate(contents):
+            first, end = rendered.firsts.get(i), rendered.ends.get(i, before)
+            if first is not None:
+                found = list(looks.finditer(rendered.text, first, end))
+                places += [match.start() for match in found]
+                lost = [match[0] for match in found if len(match[0]) == 1]  # no place for a GUARD
+            else:
+                # the template has read the content and written it anew, as it does with thoughts:
+                # there its tokens are its own, but for those that end or begin something
+                found = set(looks.findall(content)) & set(looks.findall(rendered.text, before, end))
+                lost = [name for name in found if not self._reads(name)]
+            if lost:
+                raise Refused(f"a message has {lost[0]!r}, which is a special token")
+            before = end
+        return rendered.with_guards(places)
+
+    def _reads(self, name: str) -> bool:
+        """Whether a token in a reply may be one that the template looks for."""
+        ends = {self.tokens[i] for i in self.stop | {self.bos} if i is not None}
+        return name in self.template and name not in ends
 
     def replies(self, messages: list[dict]) -> tuple[str, list["Reply"], bool]:
         """The chat as one text with GUARDs, the replies in it, and whether the template has marked
         them itself. Raises Refused, also where the replies cannot be told from the rest.
         """
-        with self.template_at_work():
-            guarded = self.guarded(messages)
-            text, marked = unmarked(self._render(guarded))
-            if marked:
-                return text, [Reply(begin, begin, end) for begin, end in marked], True
-            places = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-            return text, [self._reply(text, guarded, i) for i in places], False
+        rendered = self.marked(messages)
+        text, ends, spans = rendered.text, rendered.ends, rendered.spans
+        places = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not places:
+            return text, [], False
+        # what the template puts between a message and a reply to it, by the role of the message
+        headers: dict[str, str] = {}
+        for i in places:
+            role = messages[i - 1]["role"] if i else ""
+            if role not in headers or i == places[-1]:
+                headers[role] = self._header(text, messages[:i])
 
-    def _reply(self, text: str, guarded: list[dict], i: int) -> "Reply":
-        """Where the reply i stands in a chat's text: the chat is rendered up to it, and with it."""
-        before, _ = unmarked(self._render(guarded[:i], reply_next=True))
-        after, _ = unmarked(self._render(guarded[: i + 1]))
-        if not text.startswith(before):
+        if spans:
+            replies = []
+            for begin, end in spans:
+                said = [ends[i] for i in places if i in ends and begin <= ends[i] <= end]
+                replies.append(self._ended(text, Reply(begin, max(said, default=begin), end)))
+            return text, replies, True
+
+        # what it puts after the last reply
+        last = places[-1]
+        whole = rendered if last == len(messages) - 1 else self.marked(messages[: last + 1])
+        if not ends.keys() >= {i for place in places for i in (place - 1, place) if i >= 0}:
+            raise Refused("the template leaves out or rewrites earlier turns")
+        after = whole.text[past(messages[last], whole.text, whole.ends[last]) :]
+
+        replies = []
+        for i in places:
+            header = headers[messages[i - 1]["role"] if i else ""]
+            begins = [0] if i == 0 else [past(messages[i - 1], text, ends[i - 1]), ends[i - 1]]
+            begins = [begin for begin in begins if text.startswith(header, begin)]
+            if not begins or begins[0] + len(header) > ends[i]:
+                raise Refused("the template's prompt is not how its replies begin")
+
+            # some templates put EOS only where no more is to come: what the two have in common
+            # counts, but for the first characters of a next turn that happen to be the same
+            said = past(messages[i], text, ends[i])
+            end = len(after)
+            if not text.startswith(after, said):
+                end = len(commonprefix([after, text[said : said + len(after)]]))
+                names = [self.tokens[k] for k in self.control]
+                found = [after.rfind(name, 0, end) + len(name) for name in names if name in after]
+                end = max((place for place in found if 0 < place <= end), default=0)
+            replies.append(self._ended(text, Reply(begins[0] + len(header), ends[i], said + end)))
+        return text, replies, False
+
+    def _header(self, text: str, before: list[dict]) -> str:
+        """What the template puts between the last of these messages and a reply to it, in a chat
+        whose text begins with them. Raises Refused if it does not: then the prompt that is asked
+        would not be the one that was learnt.
+        """
+        if before:
+            last = {**before[-1], "content": before[-1]["content"].rstrip()}
+            before = [*before[:-1], last]
+        prompt = self.marked(before, reply_next=True)
+        place = prompt.ends.get(len(before) - 1, 0)
+        if not text.startswith(prompt.text[:place]):
             raise Refused("the template's prompt is not how its replies begin")
-        content = guarded[i]["content"].strip()
-        said = text.find(content, len(before)) + len(content)
-        if text.startswith(after):
-            return Reply(len(before), max(len(before), min(said, len(after))), len(after))
+        return prompt.text[place:]
 
-        # some templates put EOS only where no more is to come: what the two texts share counts, but
-        # for the first characters of a next turn that happen to be the same
-        shared = commonprefix([after, text])
-        if said < len(before) + len(content) or said > len(shared):
-            raise Refused("the template rewrites earlier turns as a chat goes on")
-        ends = [said]
-        for token in (self.tokens[i] for i in self.control):
-            found = shared.rfind(token, said)
-            if found >= 0:
-                ends.append(found + len(token))
-        return Reply(len(before), said, max(ends))
+    def _ended(self, text: str, reply: "Reply") -> "Reply":
+        """The reply with the token that ends it, where that stands just behind it: some templates
+        put one only between two turns, or behind what they have marked.
+        """
+        names = [self.tokens[i] for i in self.control if i != self.bos]
+        if not names or any(name in text[reply.said : reply.end] for name in names):
+            return reply
+        ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, names)) + ")")
+        match = ends.match(text, reply.end)
+        return reply._replace(end=match.end()) if match else reply
+
+    def ids_of(
+        self, text: str, replies: Sequence["Reply"]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """`spell`, so that what stands before a reply has the ids that it has as a prompt: where
+        the first reply's first token would begin in the prompt, at a space say, the replies are
+        tokenized apart from what stands before them. Raises Refused, and InputError.
+        """
+        ids, places = self.spell(text)
+        begins = [reply.begin for reply in replies]
+        if not begins:
+            return ids, places
+        prompt, _ = self.spell(text[: begins[0]])
+        if ids[: len(prompt)] == prompt:
+            return ids, places
+        ids, places = [], []
+        for begin, end in zip([0, *begins], [*begins, len(text)]):
+            new, where = self.spell(text[begin:end])
+            ids += new
+            places += [(begin + start, begin + stop) for start, stop in where]
+        return ids, places
 
     def spell(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a rendered chat, and of each where its characters begin and end. GUARDs have
@@ -388,8 +491,12 @@ class Tokenizer:
     def prompt(self, messages: list[dict]) -> list[int]:
         """The ids after which the model is to reply. Raises InputError if the template refuses."""
         try:
-            text, _ = unmarked(self.render(messages, reply_next=True))
-            return self.spell(text)[0]
+            text = self.marked(messages, reply_next=True).text
+            replies = []
+            if any(message["role"] == "assistant" for message in messages):
+                with suppress(Refused):  # whose replies cannot be found are not learnt either
+                    replies = self.replies(messages)[1]
+            return self.ids_of(text, replies)[0]
         except Refused as error:
             raise InputError(
                 f"{self.directory}: no prompt can be made of this chat: {error}"
@@ -435,9 +542,10 @@ class TextStream:
         piece = text[self.shown :]
         self.shown = max(self.shown, len(text))
 
-        # whole by itself: the next steps decode from this id on, and it is out already
+        # whole by itself: the next steps decode from this id on, and it is out already (a special
+        # token has no text, and a space before the next word depends on what was before it)
         tail = self.decode([i])
-        if "\ufffd" not in tail:
+        if tail and "\ufffd" not in tail:
             self.ids, self.shown = [i], len(tail)
         return piece
 
@@ -450,6 +558,10 @@ class Refused(Exception):
     """A template has no form for this chat; the message says why."""
 
 
+class Fails(Refused):
+    """A template ends in an error; the message says which."""
+
+
 class Reply(NamedTuple):
     """Where a reply stands in a chat's text: its first character, the end of what is said, and the
     end of what the template puts after it.
@@ -460,8 +572,86 @@ class Reply(NamedTuple):
     end: int
 
 
+class Rendered(NamedTuple):
+    """A chat as one text, and what marks in it have said.
+
+    firsts, ends: the number of a message → where what it says begins, and ends. spans: what the
+    template has marked as said by a model.
+    """
+
+    text: str
+    firsts: dict[int, int]
+    ends: dict[int, int]
+    spans: list[tuple[int, int]]
+
+    @classmethod
+    def parse(cls, rendered: str) -> "Rendered":
+        """Takes the marks out of a text. Raises Fails for marks inside of marks.
+
+        Example:
+        >>> Rendered.parse(f"Who? {BEGIN}{FIRST}{DIGITS[1]}I.{LAST}{DIGITS[1]}{END} Oh.")
+        Rendered(text='Who? I. Oh.', firsts={1: 5}, ends={1: 7}, spans=[(5, 7)])
+        """
+        text, places, spans = [], {FIRST: {}, LAST: {}}, []
+        begin, length = None, 0
+        for piece in MARKS.split(rendered):
+            if piece[:1] in (FIRST, LAST):
+                i = int("".join(str(DIGITS.index(digit)) for digit in piece[1:]))
+                # (a content that is written twice has no one place)
+                of_messages = places[piece[0]]
+                of_messages[i] = None if i in of_messages else length
+            elif piece in (BEGIN, END):
+                if (piece == BEGIN) != (begin is None):
+                    raise Fails("it puts one {% generation %} into another")
+                if piece == END:
+                    spans.append((begin, length))
+                begin = length if piece == BEGIN else None
+            else:
+                text.append(piece)
+                length += len(piece)
+        firsts, ends = (
+            {i: x for i, x in each.items() if x is not None} for each in places.values()
+        )
+        return cls("".join(text), firsts, ends, spans)
+
+    def with_guards(self, places: Sequence[int]) -> "Rendered":
+        """The same with a GUARD behind the character at each of these places, in order."""
+
+        def moved(place: int) -> int:
+            return place + bisect_left(places, place)
+
+        cuts = [0, *(place + 1 for place in places), len(self.text)]
+        text = GUARD.join(self.text[a:b] for a, b in pairwise(cuts))
+        firsts, ends = ({i: moved(x) for i, x in each.items()} for each in (self.firsts, self.ends))
+        return Rendered(text, firsts, ends, [(moved(a), moved(b)) for a, b in self.spans])
+
+
+def past(message: dict, text: str, end: int) -> int:
+    """Where a message ends whose last character but white space stands before `end`: with the white
+    space, if the template has kept it.
+    """
+    content = message["content"]
+    space = content[len(content.rstrip()) :]
+    return end + len(space) * text.startswith(space, end)
+
+
 def _refuse(message: str):
     raise Refused(f"the template refuses them ({str(message)[:80]})")
+
+
+def _of_library(call: Callable, fault: Callable[[object], InputError], *args, **options):
+    """What a function of tokenizers gives; what it raises becomes `fault`."""
+    try:
+        return call(*args, **options)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # nothing more specific; a panic of Rust is no Exception
+        raise fault(error) from None
+
+
+@cache
+def _say_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _as_list(x: int | list[int]) -> list[int]:
@@ -485,21 +675,3 @@ class Generation(jinja2.ext.Extension):
 
     def mark(self, caller) -> str:
         return BEGIN + caller() + END
-
-
-def unmarked(rendered: str) -> tuple[str, list[tuple[int, int]]]:
-    """A text without BEGIN and END, and the places between them.
-
-    Example:
-    >>> unmarked(f"Who? {BEGIN}I.{END} Oh.")
-    ('Who? I. Oh.', [(5, 7)])
-    """
-    text, spans, begin = "", [], 0
-    for piece in re.split(f"([{BEGIN}{END}])", rendered):
-        if piece == BEGIN:
-            begin = len(text)
-        elif piece == END:
-            spans.append((begin, len(text)))
-        else:
-            text += piece
-    return text, spans

@@ -80,6 +80,7 @@ def make_directory(
     raw = json.loads(backend.to_str())
     # bytes are text: only the trainer calls them special
     raw["added_tokens"] = raw["added_tokens"][: len(special)]
+    raw["post_processor"] = begins_with_bos()
     (path / "tokenizer.json").write_text(json.dumps(raw))
     settings = {"bos_token": "<s>", "eos_token": "</s>"}
     if template:
@@ -105,6 +106,20 @@ def make_directory(
             weight.normal_(0 if weight.dim() > 1 else 1, 0.3, generator=generator)
     save(model, path)
     return path
+
+
+def begins_with_bos() -> dict:
+    """A post-processor that puts `<s>` in front of a text, as Llama's tokenizers have it."""
+    bos, text = (
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    )
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, text],
+        "pair": [bos, text, bos, text],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
 
 
 @pytest.fixture(scope="session")

@@ -350,14 +350,36 @@ def test_saving_keeps_what_transformers_wants_to_know(directory, tmp_path):
     assert theirs.model_max_length == 256
 
 
-def test_a_plain_text_has_a_bos_unless_the_tokenizer_says_no(directory):
-    tokenizer = Tokenizer(directory)
-    assert tokenizer.encode("The cat")[0] == tokenizer.bos
+@pytest.mark.parametrize("flag", [None, True, False])
+@pytest.mark.parametrize("adds", ["a BOS", "nothing", "an EOS behind it"])
+def test_a_plain_text_has_what_the_tokenizer_adds_to_it(directory, adds, flag):
+    """As in transformers: the file decides, and not a flag beside it."""
+    import transformers
+
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    if adds == "nothing":
+        raw["post_processor"] = None
+    if adds == "an EOS behind it":
+        raw["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
+        eos = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
+        raw["post_processor"]["special_tokens"]["</s>"] = eos
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
     settings = json.loads((directory / "tokenizer_config.json").read_text())
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "add_bos_token": False})
-    )
-    assert Tokenizer(directory).encode("The cat")[0] != tokenizer.bos
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+    settings |= {} if flag is None else {"add_bos_token": flag}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)("The cat").input_ids
+    tokenizer = Tokenizer(directory)
+    if adds == "an EOS behind it":
+        assert theirs[-1] == 2
+        with pytest.raises(InputError, match="post_processor puts '</s>' behind"):
+            tokenizer.encode("The cat")
+        return
+    assert tokenizer.encode("The cat") == theirs
+    assert (theirs[0] == tokenizer.bos) == (adds == "a BOS")
+    # a text that begins with one already does not get another
+    if adds == "a BOS":
+        assert tokenizer.encode("<s>The cat")[:2].count(tokenizer.bos) == 1
 
 
 @pytest.mark.parametrize("model", ["llama4", "qwen2_audio"])

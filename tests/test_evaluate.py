@@ -16,7 +16,6 @@ pytest.importorskip("lm_eval", reason="the harness is not installed")
 import datasets  # noqa: E402
 import nltk  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
-from tokenizers.processors import TemplateProcessing  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
 import sample  # noqa: E402
@@ -173,12 +172,10 @@ def requests_of(name, shots, data, limit=50, most=None):
 
 
 def their_model(base, tmp_path, kind=HFLM, context=None):
-    """The harness's own model, with our tokenizer as we export it, and the BOS of a Llama's."""
+    """The harness's own model, with our tokenizer as we export it."""
     Tokenizer(base).save(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    bos = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.backend_tokenizer.post_processor = bos
-    options = dict(dtype="float32", device="cpu", add_bos_token=True, max_length=context)
+    options = dict(dtype="float32", device="cpu", max_length=context)
     return kind(pretrained=str(base), tokenizer=tokenizer, batch_size=4, **options)
 
 

