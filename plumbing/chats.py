@@ -7,6 +7,7 @@ used is counted with its reason, one of no known form ends in an error that name
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,13 @@ TOOLS = (
     *("tool", "tools", "tool_call", "tool_response", "tool_result", "tool_results"),
     *("function", "function_call", "function_response", "observation", "ipython", "environment"),
 )
+# fields that say whether a reply is to be learnt, without _ and in small letters: of a turn, and of
+# a whole record; and what others that may mean something like it have in their names
+OF_TURN = ("weight", "lossweight", "train", "trainable", "training", "loss")
+OF_RECORD = ("label", "ktotag")
+SUSPECT = ("weight", "loss", "mask", "train", "label", "tag")
+NO, YES = (0, "0", "false", "no"), (1, "1", "true", "yes")  # False is 0, and True is 1
+WHOLE = r"\s*Human:.*Assistant:"  # with a reply or the place for one behind it
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 FORMS = (
     "'conversations' (from/value), 'messages' (role/content), 'instruction' and 'output', or "
@@ -56,12 +64,14 @@ class Chat:
     entry: its number among all records that were read, from 0 on.
     unlearnt: places of replies that are only read, not learnt, each with the reason.
     rejected: of a preference, a worse reply than the last one.
+    ignored: what its record has that nobody reads, though it may mean something.
     """
 
     messages: list[dict]
     entry: int = 0
     unlearnt: dict[int, str] = field(default_factory=dict)
     rejected: str | None = None
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     def worse(self) -> "Chat":
         """The same chat with its rejected reply."""
@@ -205,8 +215,12 @@ def chat_of(record: object) -> Chat:
     >>> chat == chat_of({"messages": turns[:1], "chosen": turns[1], "rejected": you})
     True
 
-    Replies that say themselves that they are not to be learnt: "weight": 0, "train": false or
-    "loss": false at a turn, "label": false at a whole record, which is then left out:
+    Another of ms-swift's:
+    >>> chat == chat_of({"messages": turns, "rejected_response": "You."})
+    True
+
+    Replies that say themselves that they are not to be learnt: "weight": 0, "train": false,
+    "Trainable": "no" and the like at a turn; "label": false at a whole record, which is left out:
     >>> chat_of({"messages": [*turns, turns[0], {**you, "weight": 0}]}).unlearnt
     {3: 'said not to be learnt'}
     >>> chat_of({"prompt": "Who?", "completion": "You.", "label": False})
@@ -219,17 +233,65 @@ def chat_of(record: object) -> Chat:
     for key in ("tools", "functions"):
         if record.get(key, []) not in ([], "", "[]"):
             raise LeftOut("a chat with tools")
+    record |= ms_swift(record)
     if "chosen" in record or "rejected" in record:
-        return preference_of(record)
-    for key in ("label", "kto_tag"):
-        if record.get(key) is False or record.get(key) in ("false", "False"):  # 0 may be a class
-            raise LeftOut("labelled as a bad reply")
+        return replace(preference_of(record), ignored=ignored_in(record, prompt_of(record) or []))
+    if says_no(record, OF_RECORD):
+        raise LeftOut("labelled as a bad reply")
 
     turns = prompt_of(record)
     if turns is None:
         raise Unknown("none of the fields below")
-    messages, unlearnt = messages_of(turns + reply_of(record, turns))
-    return Chat(messages, unlearnt=unlearnt)
+    turns += reply_of(record, turns)
+    messages, unlearnt = messages_of(turns)
+    return Chat(messages, unlearnt=unlearnt, ignored=ignored_in(record, turns))
+
+
+def ms_swift(record: dict) -> dict:
+    """`chosen` and `rejected` of a record in ms-swift's form, {} of all others: `messages` beside a
+    worse reply, or beside other messages.
+    """
+    turns = record.get("messages")
+    if isinstance(turns, list) and turns and "rejected_response" in record:
+        return {"chosen": turns[-1], "rejected": record["rejected_response"]}
+    for key in ("rejected_messages", "messages_rejected"):
+        if isinstance(turns, list) and key in record:
+            return {"chosen": turns, "rejected": record[key]}
+    return {}
+
+
+def ignored_in(record: dict, turns: list) -> tuple[str, ...]:
+    """What a record has that may say something of what to learn, and is not read."""
+    ignored = []
+    if {"messages", "conversations"} <= record.keys():
+        if record["messages"] != record["conversations"]:
+            ignored.append("'messages' beside 'conversations'")
+    names = {(name, OF_RECORD) for name in record}
+    names |= {(name, OF_TURN) for turn in turns if isinstance(turn, dict) for name in turn}
+    for name, known in sorted(names):
+        if small(name) not in known and any(word in small(name) for word in SUSPECT):
+            ignored.append(f"the field {name!r}")
+    return tuple(dict.fromkeys(ignored))
+
+
+def small(name: object) -> str:
+    """A field's name without _ and in small letters."""
+    return str(name).lower().replace("_", "").replace("-", "")
+
+
+def says_no(fields: dict, names: Sequence[str]) -> bool:
+    """Whether one of the fields with these names says no. Raises Unknown for what is neither yes
+    nor no at a turn (a record's label may be a class).
+    """
+    for name, x in fields.items():
+        if small(name) not in names or x is None:
+            continue
+        said = x.strip().lower() if isinstance(x, str) else x
+        if said in NO:
+            return True
+        if said not in YES and names is OF_TURN:
+            raise Unknown(f"{name} = {x!r} is neither 0 nor 1")
+    return False
 
 
 def prompt_of(record: dict) -> list | None:
@@ -250,11 +312,17 @@ def prompt_of(record: dict) -> list | None:
             raise Unknown("'history' is no list of pairs")
         turns += [turn("user", exchange[0]), turn("assistant", exchange[1])]
     if key is not None:
+        if isinstance(record[key], str):
+            raise Unknown(f"{key!r} is a text, no list of turns")
         turns += turns_of(record[key])
     elif isinstance(record.get(asked), list):
         turns += record[asked]
     elif asked is not None:
         # a task, and what it is about
+        if isinstance(record[asked], str) and re.fullmatch(
+            WHOLE + r"\s*", record[asked], re.DOTALL
+        ):
+            raise Unknown("a whole chat in one text; give it as turns")
         parts = [record[asked]]
         parts += [record.get(more) for more in ("question", "input", "context") if more != asked]
         turns.append(turn("user", "\n\n".join(text_of(part) for part in parts if part)))
@@ -288,6 +356,9 @@ def preference_of(record: dict) -> Chat:
     """A record with a chosen and a rejected reply. Raises LeftOut and Unknown."""
     if "chosen" not in record or "rejected" not in record:
         raise Unknown("one of 'chosen' and 'rejected' is missing")
+    for text in (record["chosen"], record["rejected"]):
+        if isinstance(text, str) and re.match(WHOLE, text, re.DOTALL):
+            raise Unknown("a whole chat in one text; give it as turns")
     prompt, _ = messages_of(prompt_of(record) or [])
     while prompt and prompt[-1]["role"] == "assistant":
         prompt.pop()  # the chosen reply, once more
@@ -354,7 +425,7 @@ def messages_of(turns: list) -> tuple[list[dict], dict[int, str]]:
             raise LeftOut("a reply with its reasoning in a field of its own")
         content = text_of(content_of(said))
         messages.append(turn(role, content))
-        if role == "assistant" and not is_learnt(said):
+        if role == "assistant" and says_no(said, OF_TURN):
             unlearnt[i] = "said not to be learnt"
         elif role == "assistant" and not content.strip():
             unlearnt[i] = "empty"
@@ -383,18 +454,6 @@ def role_of(said: dict) -> str:
     return ROLES[role]
 
 
-def is_learnt(said: dict) -> bool:
-    """Whether a reply is to be learnt: OpenAI's weight, others' train and loss can say no."""
-    for key in ("weight", "train", "loss"):
-        if said.get(key) is None:
-            continue
-        if said[key] not in (0, 1):  # False is 0, and True is 1
-            raise Unknown(f"{key} = {said[key]!r} is neither 0 nor 1")
-        if not said[key]:
-            return False
-    return True
-
-
 def turn(role: str, content: object) -> dict:
     return {"role": role, "content": content}
 
@@ -407,8 +466,6 @@ def text_of(content: object) -> str:
     'Who are you?'
     """
     if isinstance(content, str):
-        if content.lstrip().startswith(("Human: ", "\n\nHuman:")) and "Assistant:" in content:
-            raise Unknown("a whole chat in one text; give it as turns")
         return content
     if not isinstance(content, list):
         raise Unknown(f"{type(content).__name__} where a text belongs")

@@ -178,7 +178,8 @@ def tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
     ]
     hashed = hashlib.sha256("\0".join(parts).encode())
     for chat in reading.chats:
-        hashed.update(json.dumps([chat.entry, chat.messages, [*chat.unlearnt.items()]]).encode())
+        parts = [chat.entry, chat.messages, [*chat.unlearnt.items()], chat.ignored]
+        hashed.update(json.dumps(parts).encode())
     key = hashed.hexdigest()[:24]
     cached = CACHE / f"{key}.safetensors"
     chats = _read_cache(cached)
@@ -233,6 +234,9 @@ def _tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
         entry.append(chat.entry)
         tally.count_replies(begun, before, len(ends) - len(fitting), len(ends))
         tally.count_ends(chat_ids, chat_target, fitting, tokenizer.stop)
+        tally.ignored.update(chat.ignored)
+        pairs = zip(chat_ids[:end], chat_target)
+        tally.unknown += sum(learnt and i == tokenizer.unk for i, learnt in pairs)
 
     report = tally.report(reading.read, len(entry), len(ids), sum(target))
     return Chats(
@@ -253,6 +257,8 @@ class Tally:
     unlearnt: Counter = field(default_factory=Counter)  # replies, by reason
     replies: int = 0
     cut: int = 0  # chats
+    ignored: Counter = field(default_factory=Counter)  # records, by what of them is not read
+    unknown: int = 0  # targets that are <unk>
     learnt: int = 0  # replies
     ended: int = 0  # those of them of which a stop token is learnt
 
@@ -277,13 +283,15 @@ class Tally:
     def count_ends(
         self, ids: list[int], target: list[bool], ends: list[int], stop: Collection[int]
     ) -> None:
-        """Of one chat: in how many of its learnt replies the last target, or the one before (some
-        templates mark a line's end too), is a stop token.
+        """Of one chat: of how many replies that are learnt a stop token is, too. What is said has
+        none, so it is the end.
         """
         for end in ends:
-            if target[end - 1]:
-                self.learnt += 1
-                self.ended += any(i in stop for i in ids[max(0, end - 2) : end])
+            begin = end
+            while begin > 0 and target[begin - 1] and ids[begin - 1] not in stop:
+                begin -= 1
+            self.learnt += target[end - 1]
+            self.ended += begin > 0 and target[begin - 1]
 
     def report(self, read: int, used: int, tokens: int, targets: int) -> str:
         """A table; its last line warns where more than a tenth is left out. Raises InputError if
@@ -301,6 +309,9 @@ class Tally:
         rows += [("  not learnt", n, reason) for reason, n in self.unlearnt.most_common() if n]
         rows.append(("tokens", tokens, ""))
         rows.append(("  targets", targets, f"{targets / tokens:.1%}"))
+        if self.unknown:
+            rows.append(("  unknown", self.unknown, "targets that this tokenizer cannot spell"))
+        rows += [("not read", n, name) for name, n in self.ignored.most_common()]
         report = "\n".join(f"  {name:<18}{n:>12,}  {note}".rstrip() for name, n, note in rows)
         if self.ended < 0.9 * self.learnt:
             report += (

@@ -132,6 +132,8 @@ class Tokenizer:
         )
         self.bos = self._id_of("bos", settings, config)
         self.eos = self._id_of("eos", settings, config)
+        unk = getattr(self.backend.model, "unk_token", None)
+        self.unk = None if unk is None else self.backend.token_to_id(unk)
         # what templates may ask for: bos_token, eos_token, pad_token, ...
         self.names = {name: content_of(settings[name]) for name in SPECIAL}
         for name, i in (("bos_token", self.bos), ("eos_token", self.eos)):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import shutil
 
 import pytest
@@ -49,18 +50,23 @@ def targets_of(tokenizer, chat: Chat) -> list[str]:
 
 
 @pytest.mark.parametrize("form", ["messages", "conversations", "prompt"])
-@pytest.mark.parametrize("label", ["label", "kto_tag"])
-def test_replies_that_are_labelled_as_bad_are_left_out(tmp_path, form, label):
+@pytest.mark.parametrize("label", ["label", "kto_tag", "Label"])
+@pytest.mark.parametrize("yes, no", [(True, False), (1, 0), ("True", "FALSE"), (None, "false")])
+def test_replies_that_are_labelled_as_bad_are_left_out(tmp_path, form, label, yes, no):
     record = {form: [ASK, GOOD]}
     if form == "prompt":
         record = {"prompt": ASK["content"], "completion": GOOD["content"]}
-    good, bad = {**record, label: True}, {**record, label: False}
+    good, bad = {**record, label: yes}, {**record, label: no}
     reading = read_chats(written(tmp_path, good, bad, good))
     assert [chat.entry for chat in reading.chats] == [0, 2] and reading.read == 3
     assert reading.left_out == {"labelled as a bad reply": 1}
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False}])
+MARKS = [{"weight": 0}, {"train": False}, {"loss": False}, {"loss_weight": 0}, {"Weight": 0}]
+MARKS += [{"trainable": False}, {"training": "no"}]
+
+
+@pytest.mark.parametrize("mark", MARKS)
 def test_replies_with_no_weight_are_read_and_not_learnt(tmp_path, base_dir, mark):
     tokenizer = Tokenizer(base_dir)
     path = written(tmp_path, {"messages": [ASK, {**BAD, **mark}, ASK, {**GOOD, "weight": 1}]})
@@ -70,6 +76,34 @@ def test_replies_with_no_weight_are_read_and_not_learnt(tmp_path, base_dir, mark
     assert "not learnt                 1  said not to be learnt" in report
     with pytest.raises(InputError, match="line 1.*weight = 0.5"):
         read_chats(written(tmp_path, {"messages": [ASK, {**GOOD, "weight": 0.5}]}))
+
+
+def test_what_is_not_read_is_told(tmp_path, base_dir):
+    """Fields that may say what to learn, a second list of turns, targets that cannot be spelt."""
+    records = [
+        {"messages": [ASK, {**GOOD, "loss_mask": 0}], "topic": "cats"},
+        {"messages": [ASK, GOOD], "conversations": [ASK, BAD]},
+        {"messages": [ASK, GOOD], "conversations": [ASK, GOOD]},
+    ]
+    report = tokenize(read_chats(written(tmp_path, *records)), Tokenizer(base_dir), 200).report
+    assert re.search(r"not read +1  the field 'loss_mask'\n", report)
+    assert re.search(r"not read +1  'messages' beside 'conversations'$", report)
+    assert "topic" not in report and "cannot spell" not in report
+    directory = make_directory(tmp_path / "narrow", 0, bytelevel=False)
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    raw["model"]["byte_fallback"] = False
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    spelt = [{"messages": [ASK, {**GOOD, "content": "猫"}]}]
+    report = tokenize(read_chats(written(tmp_path, *spelt)), Tokenizer(directory), 200).report
+    assert re.search(r"  unknown +1  targets that this tokenizer cannot spell\n", report)
+
+
+def test_a_pasted_dialogue_is_a_turn_like_any_other(tmp_path):
+    pasted = "Human: Who?\nAssistant: I.\nWhat do you think of this?"
+    (chat,) = read_chats(written(tmp_path, {"messages": [{**ASK, "content": pasted}, GOOD]})).chats
+    assert chat.messages[0]["content"] == pasted
+    with pytest.raises(InputError, match="'messages' is a text, no list of turns"):
+        read_chats(written(tmp_path, {"messages": json.dumps([ASK, GOOD])}))
 
 
 # ---------------------------------------------------------------- preferences
@@ -93,6 +127,8 @@ PREFERENCES = {
         "chosen": {"from": "gpt", "value": GOOD["content"]},
         "rejected": {"from": "gpt", "value": BAD["content"]},
     },
+    "ms-swift, a reply": {"messages": [ASK, GOOD], "rejected_response": BAD["content"]},
+    "ms-swift, messages": {"messages": [ASK, GOOD], "messages_rejected": [ASK, BAD]},
     "Alpaca": {
         "instruction": ASK["content"],
         "input": "",
@@ -416,6 +452,166 @@ def test_real_templates_on_real_chats(realdata, name, tmp_path):
                 assert ids == theirs.apply_chat_template(chat.messages)["input_ids"]
 
 
+# thoughts: of the last reply kept, as Qwen3 has it; of none, as R1 has it
+SPLIT = "{%- set c = m.content -%}{%- if '</think>' in c -%}"
+THINKING = {
+    "the last": "{%- for m in messages -%}" + SPLIT + "{%- set r = c.split('</think>')[0]"
+    ".split('<think>')[-1].strip('\n') -%}{%- set c = c.split('</think>')[-1].lstrip('\n') -%}"
+    "{%- endif -%}{{- '<|im_start|>' + m.role + '\n' -}}{%- if m.role == 'assistant' and loop.last"
+    " -%}{{- '<think>\n' + (r or '') + '\n</think>\n\n' -}}{%- endif -%}{{- c + '<|im_end|>\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}",
+    "none": "{%- for m in messages -%}" + SPLIT + "{%- set c = c.split('</think>')[-1] -%}"
+    "{%- endif -%}{{- '<|' + m.role + '|>' + c + ('</s>' if m.role == 'assistant' else '') -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}",
+    "all, never named": KINDS["chatml"],
+}
+THOUGHT = {**GOOD, "content": "<think>\nIt is a cat.\n</think>\n\nOn the mat."}
+
+
+def with_added(directory, *contents: str, special: bool = False) -> None:
+    """Adds tokens to a tokenizer."""
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    n = max(token["id"] for token in raw["added_tokens"]) + 1
+    for i, content in enumerate(contents):
+        token = {**raw["added_tokens"][0], "id": n + i, "content": content, "special": special}
+        raw["added_tokens"].append(token)
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("name", THINKING)
+def test_thoughts_are_where_transformers_has_them(directory, name, special):
+    """`<think>` and `</think>` are added tokens, and some templates look for them in a reply."""
+    with_added(directory, "<think>", "</think>", special=special)
+    (directory / "chat_template.jinja").write_text(THINKING[name])
+    tokenizer = Tokenizer(directory)
+    chat = [ASK, THOUGHT, ASK, THOUGHT]
+    ids, target, _ = tokenize_chat(tokenizer, Chat(chat))
+    if special and name == "all, never named":  # what looks like a special token stays a text
+        assert "<think>" not in [tokenizer.tokens[i] for i in ids]
+        return
+    assert ids == theirs_of(directory, chat)[0]
+    kept = {"the last": 1, "none": 0, "all, never named": 2}[name]
+    assert [tokenizer.tokens[i] for i in ids].count("<think>") == kept
+    # the prompt of a second question is the beginning of what is learnt
+    prompt = tokenizer.prompt(chat[:3])
+    assert ids[: len(prompt)] == prompt and not target[len(prompt) - 1]
+
+
+def test_added_tokens_that_control_nothing_are_tokens_of_a_text(directory):
+    """A word of the template's source, and four spaces, as code begins with."""
+    with_added(directory, "content", "    ")
+    (directory / "chat_template.jinja").write_text(KINDS["chatml"])
+    chat = [ASK, {**GOOD, "content": "if content:\n    pass"}]
+    ids, _, _ = tokenize_chat(Tokenizer(directory), Chat(chat))
+    assert ids == theirs_of(directory, chat)[0]
+
+
+HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"
+ENDS = {  # how a template ends a reply, and whether a chat of one reply learns it
+    "the header is marked too": (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ '<|im_start|>"
+        "assistant\n' + m.content + '<|im_end|>\n' }}{% endgeneration %}{% else %}"
+        + HEADER
+        + "{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_end|>",
+        True,
+    ),
+    "thoughts in the last reply": (THINKING["the last"], "<|im_end|>", True),
+    "a text alone": (
+        "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### assistant\n' }}{% endif %}",
+        None,
+        False,
+    ),
+    "between turns": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if not loop.last %}"
+        "{{ eos_token if m.role == 'assistant' else '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\nassistant:' }}{% endif %}",
+        "</s>",
+        False,
+    ),
+    "behind what is marked": (
+        "{% for m in messages %}"
+        + HEADER
+        + "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        "<|im_end|>",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_reply_learns_to_end_or_the_table_warns(directory, tmp_path, name):
+    template, end, learns = ENDS[name]
+    (directory / "chat_template.jinja").write_text(template)
+    tokenizer = Tokenizer(directory)
+    assert {tokenizer.tokens[i] for i in tokenizer.stop} == {"</s>", end or "</s>"}
+    chat = [ASK, GOOD, {**ASK, "content": "And now?"}, BAD]
+    ids, target, ends = tokenize_chat(tokenizer, Chat(chat))
+    learnt = [{tokenizer.tokens[i] for i in ids[e - 2 : e]} for e in ends]
+    assert (end in learnt[0]) == (end is not None)
+    assert not any(
+        is_target and tokenizer.tokens[i] == "<|user|>" for i, is_target in zip(ids, target)
+    )
+
+    report = tokenize(
+        read_chats(written(tmp_path, *[{"messages": [ASK, GOOD]}] * 5)), tokenizer, 200
+    ).report
+    assert ("warning: 5 of 5 replies are learnt without a token that ends" in report) != learns
+    tokenizer.save(tmp_path / "saved")
+    ids = json.loads((tmp_path / "saved" / "generation_config.json").read_text())["eos_token_id"]
+    assert set(ids) == tokenizer.stop
+
+
+@pytest.mark.parametrize("header", ["assistant: ", "assistant:", "assistant:\n\n"])
+def test_the_prompt_that_is_asked_is_the_prompt_that_was_learnt(directory, header):
+    """A reply's first token may not begin in the prompt: the space behind a colon, say."""
+    template = "{% for m in messages %}{{ m.role + HEAD + m.content + '<|end|>\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant' + HEAD }}{% endif %}"
+    head = repr(header.removeprefix("assistant"))
+    (directory / "chat_template.jinja").write_text(template.replace("HEAD", head))
+    tokenizer = Tokenizer(directory)
+    chat = [ASK, {**GOOD, "content": "the dog"}, {**ASK, "content": "Who?"}, GOOD]
+    ids, target, ends = tokenize_chat(tokenizer, Chat(chat))
+    for i, end in ((1, ends[0]), (3, ends[1])):
+        prompt = tokenizer.prompt(chat[:i])
+        assert ids[: len(prompt)] == prompt
+        # the first word is learnt
+        said = ids[len(prompt) : end]
+        assert all(target[len(prompt) : end])
+        assert tokenizer.decode(said).strip() == chat[i]["content"]
+
+
+def test_a_long_chat_takes_no_longer_than_its_length(directory, monkeypatch):
+    """Rendered a fixed number of times, however many turns there are."""
+    (directory / "chat_template.jinja").write_text(KINDS["chatml"])
+    tokenizer = Tokenizer(directory)
+    rendered = []
+    render = Tokenizer.render
+
+    def counted(self, messages, reply_next=False):
+        rendered.append(len(messages))
+        return render(self, messages, reply_next)
+
+    monkeypatch.setattr(Tokenizer, "render", counted)
+    for turns in (2, 400):
+        rendered.clear()
+        _, _, ends = tokenize_chat(tokenizer, Chat([ASK, GOOD] * turns))
+        assert len(ends) == turns and len(rendered) <= 6
+
+
+def test_one_chat_at_which_the_template_fails_does_not_end_the_run(directory, tmp_path):
+    fails = "{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}" + KINDS["chatml"]
+    (directory / "chat_template.jinja").write_text(fails.replace("> 2", "> 4"))
+    records = [{"messages": [ASK, GOOD]}, {"messages": [ASK, GOOD] * 3}]
+    chats = tokenize(read_chats(written(tmp_path, *records)), Tokenizer(directory), 200)
+    assert len(chats) == 1 and "the template does not work: ZeroDivisionError" in chats.report
+
+
 # ---------------------------------------------------------------- texts that look like tokens
 
 
@@ -570,7 +766,7 @@ def test_the_reader_names_all_its_forms():
             Chat([reader.turn("user", "Translate.\n\nhello"), reader.turn("assistant", "bonjour")]),
         ),
         (
-            {"instruction": "a", "output": "b", "label": 0, "system_prompt": "Be kind."},
+            {"instruction": "a", "output": "b", "label": 3, "system_prompt": "Be kind."},
             Chat([SYSTEM, reader.turn("user", "a"), reader.turn("assistant", "b")]),
         ),
         ({"messages": [{"from": None, **ASK}, GOOD]}, Chat([ASK, GOOD])),
