@@ -95,7 +95,7 @@ def test_what_is_not_read_is_told(tmp_path, base_dir):
     (directory / "tokenizer.json").write_text(json.dumps(raw))
     spelt = [{"messages": [ASK, {**GOOD, "content": "猫"}]}]
     report = tokenize(read_chats(written(tmp_path, *spelt)), Tokenizer(directory), 200).report
-    assert re.search(r"  unknown +1  targets that this tokenizer cannot spell\n", report)
+    assert re.search(r"  unknown +1  targets that this tokenizer cannot spell$", report)
 
 
 def test_a_pasted_dialogue_is_a_turn_like_any_other(tmp_path):
@@ -552,11 +552,8 @@ def test_a_reply_learns_to_end_or_the_table_warns(directory, tmp_path, name):
     assert {tokenizer.tokens[i] for i in tokenizer.stop} == {"</s>", end or "</s>"}
     chat = [ASK, GOOD, {**ASK, "content": "And now?"}, BAD]
     ids, target, ends = tokenize_chat(tokenizer, Chat(chat))
-    learnt = [{tokenizer.tokens[i] for i in ids[e - 2 : e]} for e in ends]
-    assert (end in learnt[0]) == (end is not None)
-    assert not any(
-        is_target and tokenizer.tokens[i] == "<|user|>" for i, is_target in zip(ids, target)
-    )
+    learnt = {tokenizer.tokens[i] for i, is_target in zip(ids[: ends[0]], target) if is_target}
+    assert (end in learnt) == (end is not None)
 
     report = tokenize(
         read_chats(written(tmp_path, *[{"messages": [ASK, GOOD]}] * 5)), tokenizer, 200
