@@ -432,7 +432,8 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
     >>> probabilities(p.log(), 1.0, 0, 0.7)
     tensor([[0.6667, 0.3333, 0.0000, 0.0000]])
     """
-    logits = logits.float() / temperature
+    # (a temperature that float32 cannot divide by is as good as 0)
+    logits = logits.float() / max(temperature, 1e-30)
 
     if top_k:
         k = min(top_k, logits.shape[-1])

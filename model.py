@@ -47,6 +47,7 @@ from plumbing.files import (
     refuse_non_file,
     remove,
     save_tensors,
+    say_once,
     temporary_for,
     whole,
     write_text,
@@ -95,7 +96,6 @@ MODEL_FILES = re.compile(
     r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|tokenizer\.model"
     r"|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|README\.md"
 )
-PIECES, PIECE = 64, 2**20  # of a large file a fingerprint looks at so many pieces of so many bytes
 
 
 # ---------------------------------------------------------------- configuration
@@ -163,11 +163,22 @@ class Config:
 
         # RoPE: the new spelling, else the old one
         spelt = fields_of(raw, ROPE, path)
-        rope = dict(spelt["rope_parameters"] or spelt["rope_scaling"] or {})
-        theta = fields_of(rope, {"rope_theta": SHAPE["rope_theta"]}, path)["rope_theta"]
-        shape["rope_theta"] = float(theta or shape["rope_theta"] or 10000.0)
-        rope.pop("rope_theta", None)
-        kind = rope.setdefault("rope_type", rope.pop("type", "default"))
+        spellings = [dict(spelt[name]) for name in ROPE if spelt[name] is not None]
+        thetas = [shape["rope_theta"]]
+        for rope in spellings:
+            theta = {"rope_theta": SHAPE["rope_theta"]}
+            thetas.append(fields_of(rope, theta, path)["rope_theta"])
+            rope.pop("rope_theta", None)
+            rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+        thetas = [float(theta) for theta in thetas if theta is not None]
+        if len(set(thetas)) > 1 or (len(spellings) == 2 and spellings[0] != spellings[1]):
+            raise InputError(
+                f"{path}: rope_parameters, rope_scaling and rope_theta contradict each other; "
+                "leave one of them"
+            )
+        shape["rope_theta"] = [*thetas, 10000.0][0]
+        rope = [*spellings, {"rope_type": "default"}][0]
+        kind = rope["rope_type"]
         if kind not in [*ROPE_NUMBERS]:
             raise InputError(
                 f"{path}: rope_type = {kind!r} is not supported (only {', '.join(ROPE_NUMBERS)})"
@@ -613,8 +624,15 @@ def hf_shape(view: Tensor) -> tuple[int, ...]:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory, by its index if there is one. Raises InputError."""
+    """The safetensors files of a directory: the one that holds all, or those that the index lists.
+    Raises InputError.
+    """
+    file = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
+    if file.exists():  # as in transformers, whatever an index says
+        if index.exists():
+            say_once(f"({directory}: {file.name} is read, not what {index.name} lists)")
+        return [file]
     if index.exists():
         names = set()
         for name in read_fields(index, {"weight_map": Field(TABLE)})["weight_map"].values():
@@ -626,8 +644,7 @@ def weight_files(directory: Path) -> list[Path]:
                 )
             names.add(name)
         return [directory / name for name in sorted(names)]
-    file = directory / "model.safetensors"
-    if not file.exists() and list(directory.glob("*.bin")):
+    if list(directory.glob("*.bin")):
         raise InputError(
             f"{directory}: has weights in pickle files only (*.bin), which are never "
             "read; convert them to safetensors"
@@ -641,13 +658,15 @@ def stored_tensors(directory: Path, views: dict[str, Tensor]) -> Iterator[tuple]
     Raises InputError, before anything is read, for a tensor too many, too few, or of another shape.
     """
     place: dict[str, Path] = {}
+    tied = None  # the file of an lm_head that should be the embedding
     for file in weight_files(directory):
         tensors = open_tensors(file)
         for name in tensors.keys():
             # RoPE's angles are computed, and a tied lm_head is the embedding
-            if name.endswith("rotary_emb.inv_freq") or (
-                name == "lm_head.weight" and name not in views
-            ):
+            if name.endswith("rotary_emb.inv_freq"):
+                continue
+            if name == "lm_head.weight" and name not in views:
+                tied = file
                 continue
             if name not in views:
                 raise InputError(
@@ -674,8 +693,33 @@ def stored_tensors(directory: Path, views: dict[str, Tensor]) -> Iterator[tuple]
             f"{directory}: tensor {min(missing)} is in none of its safetensors files "
             f"({len(missing)} missing)"
         )
+    if tied is not None:
+        embedding = "model.embed_tokens.weight"
+        check_tied(
+            *(
+                open_tensors(f).get_slice(n)
+                for f, n in ((tied, "lm_head.weight"), (place[embedding], embedding))
+            ),
+            tied,
+        )
     # opened anew for each tensor: what was read of the last one leaves the memory
     return ((name, open_tensors(file).get_slice(name)) for name, file in place.items())
+
+
+def check_tied(lm_head, embedding, file: Path) -> None:
+    """Raises InputError for an unembedding that is another matrix than the embedding, though
+    config.json says that they are one. lm_head, embedding: slices of files.
+    """
+    rows = lm_head.get_shape()[0]
+    for start in range(0, rows, 4096):
+        part = slice(start, start + 4096)
+        if lm_head.get_shape() != embedding.get_shape() or not torch.equal(
+            lm_head[part].float(), embedding[part].float()
+        ):
+            raise InputError(
+                f"{file}: lm_head.weight is not the embedding, though config.json has "
+                "tie_word_embeddings = true; set that to false, and it is used"
+            )
 
 
 def check_weight(name: str, weight: Tensor, directory: str | Path) -> None:
@@ -804,21 +848,13 @@ def replacing_model(directory: str | Path) -> Iterator[Path]:
 
 
 def fingerprint(directory: str | Path) -> str:
-    """What tells a model from others: a hash of its `config.json` and its weights.
-
-    Of a weight file larger than 64 MB only 64 pieces of 1 MB count, spread evenly over it.
-    """
+    """What tells a model from others: a hash of its `config.json` and its weights, of all bytes."""
     hashed = hashlib.sha256()
     for file in [Path(directory) / "config.json", *weight_files(Path(directory))]:
         with open(readable(file), "rb") as opened:
-            size = os.fstat(opened.fileno()).st_size
-            hashed.update(f"{file.name} {size} ".encode())
-            if size <= PIECES * PIECE:
-                hashed.update(opened.read())
-                continue
-            for i in range(PIECES):
-                opened.seek(i * (size - PIECE) // (PIECES - 1))
-                hashed.update(opened.read(PIECE))
+            hashed.update(f"{file.name} {os.fstat(opened.fileno()).st_size} ".encode())
+            while piece := opened.read(2**24):
+                hashed.update(piece)
     return hashed.hexdigest()
 
 

@@ -47,7 +47,7 @@ from model import (
     save,
 )
 from plumbing.chats import Reading, read_chats
-from plumbing.dataset import Batch, Chats, epoch_batches, tokenize
+from plumbing.dataset import Batch, Batches, Chats, tokenize
 from plumbing.files import (
     SEED,
     TABLE,
@@ -502,16 +502,13 @@ def hold_out(chats: Chats, settings: Settings) -> tuple[list[int], Tensor]:
     return held, kept
 
 
-def split(chats: Chats, settings: Settings, bases: int = 1) -> tuple[list[int], list[list[int]]]:
+def split(chats: Chats, settings: Settings, bases: int = 1) -> tuple[list[int], Batches]:
     """The chats that are held out, and the batches of all epochs. Raises InputError for fewer
     batches than bases.
     """
     held, kept = hold_out(chats, settings)
-    batches = []
-    for epoch in range(settings.epochs):
-        seed = settings.seed * 1_000_003 + epoch
-        for places in epoch_batches(chats.lengths()[kept], settings.batch_size, seed):
-            batches.append(kept[places].tolist())  # places among those kept → rows of chats
+    size, epochs = settings.batch_size, settings.epochs
+    batches = Batches(kept, chats.lengths()[kept], size, epochs, settings.seed)
     if len(batches) < bases:
         raise InputError(
             f"{len(batches)} steps are too few for {bases} bases; give more chats or --epochs"
@@ -1314,9 +1311,7 @@ class Job:
         def look(rows: list[int]) -> None:
             self.measure(base, value, self.chats, rows, size, self.autocast, self.machine)
 
-        seconds, memory = rehearse(
-            self.chats, batches, held_rows, size, settings.epochs, step, look, self.device
-        )
+        seconds, memory = rehearse(self.chats, batches, held_rows, size, step, look, self.device)
         frozen = "no base"
         if base is not None:
             frozen = f"{base.size():,} parameters: {self.args.base[-1]}"

@@ -331,14 +331,16 @@ def count_warped(
 
 
 def paper_rows(counts: dict[tuple[int, int], float], columns: int) -> dict[tuple[int, int], float]:
-    """The released normalisation: minus row means, over column maxima, each row's largest.
+    """The released normalisation: minus row means, each column stretched to 0 … 1, each row's
+    largest.
 
     columns: |V_value|, over which a row's mean is taken. Base tokens that the texts lack have no
-    entry.
+    entry; what has no entry counts as 0 for a column's smallest and largest.
 
-    Example: 4 columns; row 0 has the mean 2, row 1 the mean 1; column 0 has the largest entry 4
-    >>> paper_rows({(0, 0): 6, (0, 1): 2, (1, 0): 4}, columns=4)
-    {(0, 0): 1.0, (1, 0): 0.75}
+    Example: 4 columns; the rows' means are 3 and 1, so column 0 has the entries 9 and 1, column 1
+    the entries −3 and 3
+    >>> paper_rows({(0, 0): 12, (1, 0): 0, (1, 1): 4}, columns=4)
+    {(0, 0): 1.0, (1, 1): 1.0}
     """
     # minus the row's mean
     row_sum: Counter = Counter()
@@ -346,15 +348,18 @@ def paper_rows(counts: dict[tuple[int, int], float], columns: int) -> dict[tuple
         row_sum[b] += n
     centred = {(b, v): n - row_sum[b] / columns for (b, v), n in counts.items()}
 
-    # over the column's largest; where no count is above the mean there is nothing to divide by
+    # each column from its smallest to its largest
+    smallest: Counter = Counter()
     largest: Counter = Counter()
     for (_, v), x in centred.items():
+        smallest[v] = min(smallest[v], x)
         largest[v] = max(largest[v], x)
 
     # of each row the largest, as (entry, v)
     best: dict[int, tuple[float, int]] = {}
     for (b, v), x in centred.items():
-        best[b] = max(best.get(b, (-math.inf, 0)), (x / (largest[v] or 1.0), v))
+        stretched = (x - smallest[v]) / ((largest[v] - smallest[v]) or 1.0)
+        best[b] = max(best.get(b, (-math.inf, 0)), (stretched, v))
     return {(b, v): x for b, (x, v) in best.items()}
 
 
@@ -534,7 +539,7 @@ class VocabMap:
 
 def is_sparse(rows: Tensor, columns: Tensor, p: Tensor, n: int, m: int) -> bool:
     """Whether these are the nonzeros of an (n, m) matrix, by rows, all of them finite and ≥ 0."""
-    if not (rows.shape == columns.shape == p.shape and len(p)):
+    if not (rows.shape == columns.shape == p.shape and p.dim() == 1 and len(p)):
         return False
     if not (rows.dtype == columns.dtype == torch.long and bool((rows.diff() >= 0).all())):
         return False
@@ -662,7 +667,9 @@ def main() -> None:
         from extras.mapped import retention  # only here are models needed
         from model import load
 
-        report["retention"] = retention(load(args.base), mapping, held)
+        model = load(args.base)
+        base.check(model.config.vocab_size)
+        report["retention"] = retention(model, mapping, held)
 
     for name, x in report.items():
         shown = x if isinstance(x, (str, int)) else f"{x:.4g}"

@@ -296,9 +296,10 @@ class MappedReader:
         return torch.stack(z, 1)
 
     def back_to(self, lengths: Sequence[int]) -> None:
-        for state, length in zip(self.states, lengths):
-            state.value_ids = state.value_ids[:length]
-            state.boundaries = {}
+        # boundaries before the cut that still counted there are gone, so the text is read again
+        self.states = [
+            State(state.value_ids[:length]) for state, length in zip(self.states, lengths)
+        ]
         self.boundaries_unknown = True
 
     def room(self) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from plumbing.dataset import Chats
+from plumbing.dataset import Batches, Chats
 from plumbing.files import InputError, peak_memory
 
 FLOAT = 4  # bytes of a trained weight, and of each of the optimizer's two numbers beside it
@@ -20,10 +20,9 @@ FLOAT = 4  # bytes of a trained weight, and of each of the optimizer's two numbe
 
 def rehearse(
     chats: Chats,
-    batches: list[list[int]],
+    batches: Batches,
     held_rows: list[int],
     micro_batch_size: int,
-    epochs: int,
     step: Callable[[list[int]], dict[str, float]],
     look: Callable[[list[int]], None],
     device: torch.device,
@@ -48,17 +47,18 @@ def rehearse(
         return time.perf_counter() - begun
 
     # three steps, and a look at a few chats that are held out
-    narrow_to_wide = sorted(batches, key=size)
-    tried = [narrow_to_wide[len(batches) // 4], narrow_to_wide[3 * len(batches) // 4]]
+    epoch = batches.of_epoch(0)
+    narrow_to_wide = sorted(epoch, key=size)
+    tried = [narrow_to_wide[len(epoch) // 4], narrow_to_wide[3 * len(epoch) // 4]]
     seconds(step, narrow_to_wide[-1])
     each = [seconds(step, rows) for rows in tried]
     few = held_rows[: 4 * micro_batch_size]
     a_look = seconds(look, few)
 
     # time grows with the tokens, padding included
-    training = sum(each) / sum(map(size, tried)) * sum(map(size, batches))
+    training = sum(each) / sum(map(size, tried)) * batches.epochs * sum(map(size, epoch))
     looking = a_look / size(few) * size(held_rows)
-    return training + (epochs + 1) * looking, peak_memory(device)
+    return training + (batches.epochs + 1) * looking, peak_memory(device)
 
 
 def padded_tokens(chats: Chats, rows: list[int], micro_batch_size: int) -> int:

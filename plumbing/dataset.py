@@ -342,6 +342,42 @@ def from_first_question(chat: Chat) -> tuple[Chat, int]:
     return Chat([chat.messages[i] for i in kept], chat.entry, unlearnt), len(speakers) - len(kept)
 
 
+class Batches:
+    """The rows of each step of a training; those of an epoch are made when it is asked for.
+
+    rows: of the chats that are trained on. lengths: theirs.
+
+    Example: three chats, two at a time, for two epochs
+    >>> batches = Batches(torch.tensor([5, 6, 7]), torch.tensor([9, 2, 8]), 2, epochs=2, seed=0)
+    >>> len(batches), sorted(batches[0] + batches[1]), sorted(batches[2] + batches[3])
+    (4, [5, 6, 7], [5, 6, 7])
+    """
+
+    def __init__(self, rows: Tensor, lengths: Tensor, batch_size: int, epochs: int, seed: int):
+        self.rows = rows
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed * 1_000_003
+        self.known = 0, self.of_epoch(0)
+        self.per_epoch = len(self.known[1])
+        self.epochs = epochs
+
+    def of_epoch(self, epoch: int) -> list[list[int]]:
+        batches = epoch_batches(self.lengths, self.batch_size, self.seed + epoch)
+        return [self.rows[places].tolist() for places in batches]
+
+    def __len__(self) -> int:
+        return self.epochs * self.per_epoch
+
+    def __getitem__(self, step: int) -> list[int]:
+        if step >= len(self):
+            raise IndexError(step)
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self.known[0]:
+            self.known = epoch, self.of_epoch(epoch)
+        return self.known[1][place]
+
+
 def epoch_batches(lengths: Tensor, batch_size: int, seed: int) -> list[list[int]]:
     """One epoch's batches, of chats of similar length, in random order that `seed` decides.
 

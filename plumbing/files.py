@@ -22,6 +22,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -751,6 +752,12 @@ def repair_streams() -> None:
 def lead_nowhere(stream) -> None:
     """What is still unwritten is dropped, or Python's flush at exit would raise the error again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@cache
+def say_once(text: str) -> None:
+    """To stderr, however often it is said."""
+    print(text, file=sys.stderr)
 
 
 def visible(text: str) -> str:

@@ -14,12 +14,10 @@ can end a turn or begin another.
 import json
 import re
 import reprlib
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import cache
 from itertools import pairwise
 from os.path import commonprefix
 from pathlib import Path
@@ -40,6 +38,7 @@ from plumbing.files import (
     list_of,
     read_json,
     read_text,
+    say_once,
     whole,
     write_text,
 )
@@ -161,7 +160,7 @@ class Tokenizer:
         backend.no_truncation()
         if getattr(backend.model, "dropout", None):
             backend.model.dropout = None
-            _say_once(f"({self.path}: its dropout is off: a text has the same ids each time)")
+            say_once(f"({self.path}: its dropout is off: a text has the same ids each time)")
         return backend
 
     def _tokens(self) -> list[str | None]:
@@ -649,11 +648,6 @@ def _of_library(call: Callable, fault: Callable[[object], InputError], *args, **
         raise
     except BaseException as error:  # nothing more specific; a panic of Rust is no Exception
         raise fault(error) from None
-
-
-@cache
-def _say_once(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def _as_list(x: int | list[int]) -> list[int]:

@@ -339,3 +339,32 @@ def test_real_tokenizers_on_real_chats(realdata, name):
             run.strip() for run in "".join(targets_of(tokenizer, chat)).split(eos)[:-1]
         ] == replies
         assert len(ends) == len(replies)
+
+
+def test_a_stream_that_passes_a_special_token_keeps_the_space_behind_it(plain):
+    ids = [*plain.encoding("the").ids, plain.unk, *plain.encoding("cat").ids]
+    stream = TextStream(plain)
+    assert "".join(map(stream.step, ids)) + stream.rest() == plain.decode(ids) == "the cat"
+
+
+def test_dropout_is_switched_off_and_told_once(tmp_path, capsys):
+    directory = make_directory(tmp_path, 0)
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    raw["model"]["dropout"] = 0.5
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    tokenizers = [Tokenizer(directory) for _ in range(2)]
+    ids = [each.encode("The cat sat on the mat and the dog") for each in tokenizers * 10]
+    assert all(each == ids[0] for each in ids)
+    assert capsys.readouterr().err.count("its dropout is off") == 1
+
+
+def test_a_panic_of_the_library_is_one_line(tmp_path):
+    """Rust's panics are no Exceptions."""
+    directory = make_directory(tmp_path, 0)
+    raw = json.loads((directory / "tokenizer.json").read_text())
+    raw["model"]["continuing_subword_prefix"] = "\N{SNOWMAN}\N{SNOWMAN}"
+    raw["model"]["vocab"] = {"a": 0, "b": 1, "\N{SNOWMAN}\N{SNOWMAN}b": 2, "ab": 3}
+    raw["model"]["merges"] = [["a", "b"]]
+    (directory / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="tokenizer.json"):
+        Tokenizer(directory).encode("ab")

@@ -147,7 +147,7 @@ def train_calls(base_dir, value_dir, chats_file, tmp_path, monkeypatch):
         calls.append((models, chats.ids.tolist(), rows, size, type(autocast).__name__))
         return 1.0
 
-    def rehearse(chats, batches, held_rows, micro_batch_size, epochs, step, look, device):
+    def rehearse(chats, batches, held_rows, micro_batch_size, step, look, device):
         calls.append(("rehearsed", len(batches)))
         return 1.0, 1.0
 

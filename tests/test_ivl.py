@@ -303,6 +303,13 @@ def test_without_a_compiler_the_plain_twin_does_the_work(monkeypatch, capsys, tm
     ivl.kernels_compile.cache_clear()
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-30, 1e-10])
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature):
+    logits = torch.tensor([[1e4, 9.9e3, -50.0], [-3.0, 0.0, 0.5]])
+    p = ivl.probabilities(logits, temperature, 0, 1.0)
+    assert p.tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]]
+
+
 def test_products_are_added_in_the_precision_of_the_total():
     g = torch.Generator().manual_seed(0)
     a, b = torch.rand(16, 64, generator=g).bfloat16(), torch.rand(64, 32, generator=g).bfloat16()

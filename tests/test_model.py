@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_directory
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import ivl
 import model as ours
@@ -339,10 +339,82 @@ def test_what_an_old_configuration_leaves_out_follows_from_the_rest(directory):
 
 
 def test_an_index_that_is_no_index_is_named(directory):
+    (directory / "model.safetensors").unlink()
     for content, words in (("[]", "holds"), ("{}", ".*weight_map")):
         (directory / "model.safetensors.index.json").write_text(content)
         with pytest.raises(InputError, match=f"index.json: {words}"):
             ours.load(directory)
+
+
+@pytest.mark.parametrize("shards", ["others", "gone"])
+def test_beside_an_index_the_single_file_is_read_as_in_transformers(directory, capsys, shards):
+    """`save_pretrained` twice into one folder leaves both."""
+    state = load_file(directory / "model.safetensors")
+    if shards == "others":
+        other = {name: tensor + 1 for name, tensor in state.items()}
+        save_file(other, directory / "model-00001-of-00001.safetensors", {"format": "pt"})
+    index = {"weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    model = ours.load(directory)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(directory).float()
+    tokens = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    ours.load(directory)
+    told = capsys.readouterr().err
+    assert told.count("model.safetensors is read, not what model.safetensors.index.json") == 1
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_tied_unembedding_that_is_not_the_embedding_is_refused(directory, same):
+    """transformers would use it, and warn; dropped without a word it is another model."""
+    raw = json.loads((directory / "config.json").read_text())
+    state = load_file(directory / "model.safetensors")
+    head = state["model.embed_tokens.weight"].clone()
+    head[-1, -1] += 0 if same else 1
+    save_file({**state, "lm_head.weight": head}, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
+    if same:
+        assert ours.load(directory).lm_head is None
+        return
+    with pytest.raises(InputError, match="lm_head.weight is not the embedding.*set that to false"):
+        ours.load(directory)
+    (directory / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": False}))
+    assert torch.equal(ours.load(directory).lm_head.weight, head.float())
+
+
+CONTRADICTIONS = [
+    {"rope_parameters": LLAMA3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    {"rope_parameters": LLAMA3, "rope_scaling": {**LLAMA3, "factor": 2.0}},
+    {"rope_parameters": LLAMA3, "rope_theta": 10000.0},
+]
+
+
+@pytest.mark.parametrize("fields", CONTRADICTIONS)
+def test_rope_that_is_spelt_twice_and_not_alike_is_refused(directory, fields):
+    raw = json.loads((directory / "config.json").read_text())
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        raw.pop(name, None)
+    alike = {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3, "rope_theta": LLAMA3["rope_theta"]}
+    (directory / "config.json").write_text(json.dumps(raw | alike))
+    assert ours.Config.load(directory).rope_scaling["rope_type"] == "llama3"
+    (directory / "config.json").write_text(json.dumps(raw | fields))
+    with pytest.raises(InputError, match="contradict each other"):
+        ours.Config.load(directory)
+
+
+def test_a_fingerprint_is_of_all_bytes(tmp_path):
+    """However large the file: a norm is a millionth of it."""
+    (tmp_path / "config.json").write_text("{}")
+    file = tmp_path / "model.safetensors"
+    with open(file, "wb") as opened:
+        opened.truncate(100 * 2**20)
+    prints = {ours.fingerprint(tmp_path)}
+    for place in (0, 2**24 - 1, 2**24, 50_000_001, 100 * 2**20 - 1):
+        with open(file, "r+b") as opened:
+            opened.seek(place)
+            opened.write(b"x")
+        prints.add(ours.fingerprint(tmp_path))
+    assert len(prints) == 6
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):

@@ -492,6 +492,7 @@ def test_missing_ids_are_none(models):
 
 @pytest.mark.parametrize("name", ["../base/model.safetensors", "/etc/passwd", "x.bin", 5, "a\0b"])
 def test_an_index_leads_nowhere_else(models, name):
+    (models["value"] / "model.safetensors").unlink()
     index = models["value"] / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     with pytest.raises(InputError, match="index.json"):
@@ -520,6 +521,7 @@ def test_weights_that_are_twice_there_or_no_floats_are_named(models):
         load(models["value"])
     files.save_tensors(tensors, models["value"] / "a.safetensors", {})
     files.save_tensors(tensors, models["value"] / "b.safetensors", {})
+    path.unlink()
     index = models["value"] / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
     with pytest.raises(InputError, match="b.safetensors: tensor .* is in a.safetensors too"):

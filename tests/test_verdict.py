@@ -319,12 +319,19 @@ def test_a_rehearsal_counts_padding_and_tries_narrow_and_wide(base_dir, chats_fi
         tried.append(rows)
         clock[0] += padded_tokens(chats, rows, 2)
 
-    how = (chats, batches, held_rows, 2, 3)
+    how = (chats, batches, held_rows, 2)
     seconds, _ = rehearse.rehearse(*how, work, work, torch.device("cpu"))
-    assert seconds == pytest.approx(sum(by_hand) + 4 * padded_tokens(chats, held_rows, 2))
+    first = by_hand[: len(batches) // 3]
+    assert seconds == pytest.approx(3 * sum(first) + 4 * padded_tokens(chats, held_rows, 2))
     with pytest.raises(InputError, match="a step has loss = nan"):
         rehearse.rehearse(*how, lambda rows: {"loss": math.nan}, work, torch.device("cpu"))
-    assert padded_tokens(chats, tried[0], 2) == max(by_hand) and len(tried) == 4
+    assert padded_tokens(chats, tried[0], 2) == max(first) and len(tried) == 4
+
+
+def test_a_rehearsal_of_a_training_without_end_is_as_short(train):
+    """Only the batches of one epoch are made."""
+    result = train(dry_run=True, out=None, epochs=10**9)
+    assert result.returncode == 0 and "1000000000 epochs" in result.stdout, result.stderr
 
 
 # ---------------------------------------------------------------- measuring a pair

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TEXT, assert_refused
+from conftest import TEXT, assert_refused, make_directory
 
 import ivl
 import sample
@@ -629,3 +629,44 @@ def test_knowledge_survives_the_map(realdata):
     assert 0.9 < kept < 1.10
     for worse in (dict(step_back=False), dict(canonical=False), dict(linear=True)):
         assert mapped.retention(base, made, few, **worse) > 1.5
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("canonical", [True, False])
+def test_a_mapped_base_that_is_taken_back_answers_as_if_it_had_read_no_further(
+    mapping, base_dir, canonical
+):
+    """In the middle of a text too, where a base token that ended earlier still counts."""
+    mapped = Mapped(load(base_dir), mapping, canonical=canonical)
+    ids = mapping.value.tokenizer.encode("The cat says 中文 and é! Where is the garden?")
+    for cut in range(1, len(ids)):
+        reader, fresh = mapped.reader(1, 0), mapped.reader(1, 0)
+        reader.read(torch.tensor([ids]))
+        reader.back_to([cut])
+        again = reader.read(torch.tensor([ids[cut : cut + 1]]))
+        expected = fresh.read(torch.tensor([ids[: cut + 1]]))
+        torch.testing.assert_close(again, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_map_of_another_dimension_is_one_line(mapping, tmp_path):
+    path = tmp_path / "map.safetensors"
+    mapping.save(path)
+    file = open_tensors(path)
+    tensors = {name: file.get_tensor(name)[:, None] for name in ("base_ids", "value_ids", "p")}
+    save_tensors(tensors, path, file.metadata())
+    with pytest.raises(InputError, match="no sparse matrix"):
+        VocabMap.load(path, mapping.base.tokenizer, mapping.value.tokenizer)
+
+
+def test_retention_of_a_base_with_too_few_rows_is_one_line(run, base_dir, other_dir, tmp_path):
+    few = make_directory(tmp_path / "few", 0, vocab_size=100)
+    text = tmp_path / "text.txt"
+    text.write_text("The cat.\n\nA dog.\n\nThe garden.\n\nIt rains.\n")
+    models = ["--base", few, "--value", other_dir, "--text", text, "--retention"]
+    assert_refused(run("vocab_map.py", *models), "tokenizer.json", "vocab_size is 100")
+
+
+def test_a_count_below_its_row_s_mean_stretches_its_column():
+    """Row means 2.75, 0.75 and 0.5; column 1 goes from -1.75 to 2.25, so 1.5 there is 3.25 / 4."""
+    counts = {(0, 0): 10, (0, 1): 1, (1, 1): 3, (2, 1): 2}
+    assert vocab_map.paper_rows(counts, columns=4) == {(0, 0): 1.0, (1, 1): 1.0, (2, 1): 0.8125}
