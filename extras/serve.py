@@ -10,11 +10,15 @@ for comes first. What cannot be done is refused, not ignored.
 import argparse
 import json
 import secrets
+import select
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import sample
 from plumbing.files import (
@@ -60,13 +64,19 @@ INDIFFERENT = ("user", "metadata", "store", "service_tier", "safety_identifier")
 INDIFFERENT += ("tool_choice", "parallel_tool_calls")
 UNCHANGED = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logprobs": False}
 UNCHANGED |= {"tools": [], "logit_bias": {}, "response_format": {"type": "text"}}
+UNCHANGED |= {"functions": [], "function_call": "none"}
+# of a message likewise: a client sends back what it was given
+OF_MESSAGE = ("name", "annotations", "refusal", "audio", "tool_calls", "function_call")
+NOTHING = (None, "", [], {})
+PATIENCE = 5  # seconds for the rest of a request that is refused
 OF_ONE_REPLY = "question explain html compare raw seed prompts out batch_size".split()
 
 
 def read_message(message: dict, place: str) -> dict:
     """A message as a template wants it; its content may be in parts. Raises InputError."""
     for field, x in message.items():
-        if field not in MESSAGE and x is not None:
+        meaningless = field in ("name", "annotations") or x in NOTHING
+        if field not in MESSAGE and not (field in OF_MESSAGE and meaningless):
             raise InputError(f"{place}.{field}: is not supported; leave it out")
     read = fields_of(message, MESSAGE, place)
     if read["content"] in LIST:
@@ -104,6 +114,12 @@ class Server(ThreadingHTTPServer):
             raise InputError("messages: the last one must be the user's")
         if messages[0]["role"] != "system":
             messages = self.speaker.opening() + messages
+        if wanted["top_p"] not in (None, 1) and not (
+            self.speaker.args.temperature
+            if wanted["temperature"] is None
+            else wanted["temperature"]
+        ):
+            raise InputError("top_p: has no effect at temperature 0; give a temperature too")
         prompt = self.speaker.fitting(self.speaker.tokenizer.prompt(messages))
         return {**wanted, "prompt": prompt}
 
@@ -136,29 +152,47 @@ class Handler(BaseHTTPRequestHandler):
     """A request, as https://platform.openai.com/docs/api-reference/chat describes it."""
 
     server: Server
+    unread = False  # whether a part of the request is still to come
+
+    @property
+    def place(self) -> str:
+        """The path, without what may stand behind it."""
+        return urlsplit(self.path).path.rstrip("/")
 
     def do_GET(self) -> None:
         model = {"id": self.server.name, "object": "model", "created": 0, "owned_by": "ivl"}
         known = {"/v1/models": {"object": "list", "data": [model]}}
         known[f"/v1/models/{self.server.name}"] = model
-        if self.path in known:
-            self.send(known[self.path])
+        if self.place in known:
+            self.send(known[self.place])
         else:
             self.refuse(f"there is nothing at {self.path}", 404)
 
+    do_HEAD = do_GET  # `send` leaves the body out
+
+    def do_OPTIONS(self) -> None:
+        """What a browser asks before a page of another address may ask."""
+        self.send_response(204)
+        self.send_header("Access-Control-Allow-Methods", "GET, HEAD, POST, OPTIONS")
+        asked = self.headers.get("Access-Control-Request-Headers", "*")
+        self.send_header("Access-Control-Allow-Headers", asked)
+        self.end_headers()
+
     def do_POST(self) -> None:
-        if self.path != "/v1/chat/completions":
-            self.refuse(f"there is nothing at {self.path}", 404)
-            return
+        self.unread = True
         try:
-            length = self.headers.get("Content-Length", "")
-            if not length.isdecimal() or int(length) > LARGEST:
-                raise InputError(f"a request needs a length, of at most {LARGEST} bytes")
-            body = parse_json(self.rfile.read(int(length)).decode(errors="replace"), "the request")
+            if self.place != "/v1/chat/completions":
+                raise OtherModel(f"there is nothing at {self.path}")
+            body = parse_json(self.body().decode(errors="replace"), "the request")
             if body not in TABLE:
                 raise InputError("the request is no JSON object")
-            with self.server.turn:
+            while not self.server.turn.acquire(timeout=0.2):
+                self.check_listener()
+            try:
+                self.check_listener()
                 self.reply(self.server.read(body))
+            finally:
+                self.server.turn.release()
         except InputError as problem:
             self.refuse(str(problem), 400)
         except OtherModel as problem:
@@ -166,12 +200,39 @@ class Handler(BaseHTTPRequestHandler):
         except ConnectionError:
             pass  # whoever asked has gone, and the reply ends with them
 
+    def body(self) -> bytes:
+        """What a request brings, in one piece or in several. Raises InputError."""
+        pieces, total = [], 0
+        chunked = self.headers.get("Transfer-Encoding", "").lower() == "chunked"
+        while True:
+            text = self.headers.get("Content-Length", "")
+            if chunked:
+                text = self.rfile.readline(100).split(b";")[0].strip().decode(errors="replace")
+            try:
+                size = int(text, 16 if chunked else 10)
+            except ValueError:
+                size = -1
+            total += size
+            if size < 0 or total > LARGEST:
+                raise InputError(f"a request needs a length, of at most {LARGEST} bytes")
+            pieces.append(self.rfile.read(size))
+            if not chunked or size == 0:
+                self.unread = False
+                return b"".join(pieces)
+            self.rfile.readline(100)  # a line ends each piece
+
+    def check_listener(self) -> None:
+        """Raises ConnectionError if nobody waits for the answer any more."""
+        readable, _, _ = select.select([self.connection], [], [], 0)
+        if readable and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionAbortedError
+
     def reply(self, wanted: dict) -> None:
         """Answers, all at once or piece by piece."""
         about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time())}
         about |= {"model": self.server.name, "object": "chat.completion"}
         ended: dict = {}
-        pieces = self.server.answer(wanted, ended)
+        pieces = self.heard(self.server.answer(wanted, ended))
         if not wanted["stream"]:
             message = {"role": "assistant", "content": "".join(pieces)}
             usage = ended.pop("usage")
@@ -190,6 +251,12 @@ class Handler(BaseHTTPRequestHandler):
             self.event({**about, "choices": [], "usage": ended["usage"]})
         self.event("[DONE]")
 
+    def heard(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces of a reply, as long as somebody waits for them."""
+        for piece in pieces:
+            self.check_listener()
+            yield piece
+
     def event(self, data: dict | str) -> None:
         text = data if isinstance(data, str) else json.dumps(data)
         self.wfile.write(f"data: {text}\n\n".encode())
@@ -198,15 +265,31 @@ class Handler(BaseHTTPRequestHandler):
     def refuse(self, message: str, status: int) -> None:
         about = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
         self.send({"error": about}, status)
+        if not self.unread:
+            return
+        # the answer stands before all of the request was read: the rest is read and forgotten, or
+        # the connection would break before the answer is seen
+        with suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            self.connection.settimeout(PATIENCE)
+            until = time.monotonic() + PATIENCE
+            while time.monotonic() < until and self.rfile.read1(2**16):
+                pass
 
     def send(self, answer: dict, status: int = 200) -> None:
         self.begin(status, "application/json")
-        self.wfile.write(json.dumps(answer).encode())
+        if self.command != "HEAD":
+            self.wfile.write(json.dumps(answer).encode())
+            self.wfile.flush()
 
     def begin(self, status: int, kind: str) -> None:
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.end_headers()
+
+    def end_headers(self) -> None:
+        self.send_header("Access-Control-Allow-Origin", "*")
+        super().end_headers()
 
     def log_message(self, *_) -> None:
         """What people ask is nobody else's business."""

@@ -1,10 +1,12 @@
 """The address, asked by OpenAI's own client."""
 
 import argparse
+import http.client
 import json
 import socket
 import sys
 import threading
+import time
 
 import pytest
 from conftest import assert_refused
@@ -114,7 +116,7 @@ def test_system_prompts_and_parts(ask, said):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "must be the user's"),
         ({"messages": [{"role": "tool", "content": "a"}]}, "messages[0]: role = 'tool'"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0]: content = 3"),
-        ({"messages": [{**QUESTION[0], "name": "Ann"}]}, "messages[0].name: is not supported"),
+        ({"messages": [{**QUESTION[0], "colour": "red"}]}, "messages[0].colour: is not supported"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             "messages[0]: text is missing",
@@ -214,3 +216,115 @@ def test_the_command_line(run, monkeypatch, base_dir, value_dir):
         taken.listen()
         port = taken.getsockname()[1]
         assert_refused(run("extras/serve.py", *models, "--port", port), f"--port {port}")
+
+
+# ---------------------------------------------------------------- what clients send, by hand
+
+
+def request(server, method="POST", path="/v1/chat/completions", body=None, **headers) -> tuple:
+    """The status, the headers and the body of an answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    if isinstance(body, dict):
+        body = json.dumps(body).encode()
+    connection.request(method, path, body, {k.replace("_", "-"): v for k, v in headers.items()})
+    answer = connection.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
+@pytest.fixture
+def asked(server):
+    return {"model": server.name, "messages": QUESTION}
+
+
+def test_a_page_of_another_address_may_ask(server, asked):
+    headers = {"Origin": "http://localhost:3000", "Access_Control_Request_Method": "POST"}
+    headers["Access_Control_Request_Headers"] = "authorization,content-type"
+    status, answer, body = request(server, "OPTIONS", **headers)
+    assert status == 204 and body == b"" and "POST" in answer["Access-Control-Allow-Methods"]
+    assert answer["Access-Control-Allow-Headers"] == "authorization,content-type"
+    for given in (request(server, body=asked), request(server, "GET", "/v1/models")):
+        assert given[0] == 200 and given[1]["Access-Control-Allow-Origin"] == "*"
+
+
+def test_paths_as_clients_write_them(server, asked):
+    for path in ("/v1/models/", "/v1/models?limit=5"):
+        assert request(server, "GET", path)[0] == 200
+    assert request(server, path="/v1/chat/completions/?x=1", body=asked)[0] == 200
+    assert request(server, "HEAD", "/v1/models")[0::2] == (200, b"")
+    assert request(server, "GET", "/v2")[0] == 404
+
+
+def test_a_message_goes_back_as_it_was_given(client, server, ask):
+    said = ask().choices[0].message.model_dump()
+    assert {"refusal", "annotations"} <= said.keys()
+    again = [*QUESTION, {**said, "annotations": [], "name": "bob"}, *QUESTION]
+    assert text(ask(again)) == text(
+        ask([*QUESTION, {"role": "assistant", "content": said["content"]}, *QUESTION])
+    )
+    ask(extra_body={"function_call": "none", "functions": []})
+    for more in ({"tool_calls": [{"id": "1"}]}, {"refusal": "No."}, {"colour": "red"}):
+        with pytest.raises(openai.BadRequestError, match="is not supported"):
+            ask([*QUESTION, {**said, **more}, *QUESTION])
+
+
+def test_a_request_in_pieces(server, asked):
+    body = json.dumps(asked).encode()
+    pieces = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (body[:7], body[7:]))
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert raw(server, head + pieces + b"0\r\n\r\n").startswith(b"HTTP/1.0 200")
+    for wrong in (b"zz\r\n", b"-5\r\n", b"fffffffff\r\n"):
+        assert raw(server, head + wrong).startswith(b"HTTP/1.0 400")
+
+
+@pytest.mark.parametrize(
+    "path, size, status",
+    [("/v1/chat/completions", 2**24 + 1, 400), ("/v1/embeddings", 2_000_000, 404)],
+)
+def test_a_refusal_is_seen_however_long_the_request(server, path, size, status):
+    for _ in range(3):
+        got, _, body = request(server, path=path, body=b"a" * size)
+        assert got == status and b'"error"' in body
+
+
+def test_top_p_without_a_temperature_is_refused(ask):
+    with pytest.raises(openai.BadRequestError, match="top_p: has no effect"):
+        ask(top_p=0.9)
+    assert text(ask(top_p=0.9, temperature=1.0, seed=1))
+    assert text(ask(top_p=1.0)) == text(ask())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_requests_whose_client_has_gone_keep_nobody_waiting(
+    server, asked, ask, monkeypatch, stream
+):
+    """One leaves in the middle of its reply, three in the queue."""
+    real = server.speaker.decoder
+    begun, steps, go_on = [], [], threading.Event()
+
+    def decoder(*models, **options):
+        def generate(*args, **how):
+            begun.append(0)
+            for ids in real(*models, **options)(*args, **how):
+                steps.append(ids)
+                if len(steps) == 2:
+                    assert go_on.wait(60)
+                yield ids
+
+        return generate
+
+    monkeypatch.setattr(server.speaker, "decoder", decoder)
+    body = json.dumps({**asked, "stream": stream}).encode()
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body)
+    clients = [socket.create_connection(("127.0.0.1", server.server_port)) for _ in range(4)]
+    clients[0].sendall(head + body)
+    while len(steps) < 2:
+        time.sleep(0.01)
+    for client in clients[1:]:
+        client.sendall(head + body)
+    for client in clients:
+        client.close()
+    time.sleep(0.5)  # those in the queue look again
+    go_on.set()
+    assert text(ask())
+    assert len(begun) == 2  # the one that was begun, and the last
+    assert len(steps) <= 3 + 12
