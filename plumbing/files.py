@@ -14,10 +14,8 @@ import platform
 import re
 import reprlib
 import shutil
-import signal
 import stat
 import sys
-import threading
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -525,45 +523,6 @@ def refuse_part_of_model(option: str, file: str | Path, *directories: str | Path
     models = [Path(model).resolve() for model in directories if model not in (None, "none")]
     if Path(file).resolve().parent in models:
         raise InputError(f"--{option} {file}: is part of a model; give another folder")
-
-
-# ---------------------------------------------------------------- strangers' programs
-
-
-class Late(BaseException):
-    """Time is up. An `except Exception` in between does not stop it."""
-
-
-@contextmanager
-def limited(seconds: float, memory: int) -> Iterator[None]:
-    """The block may take so long, and so many bytes more than the program has now: else it ends
-    with a TimeoutError or a MemoryError. For chat templates, which are programs of strangers.
-
-    Only Linux has such limits, and only in the main thread; elsewhere there are none.
-    """
-    in_main = threading.current_thread() is threading.main_thread()
-    if sys.platform != "linux" or not in_main:
-        yield
-        return
-    import resource
-
-    def late(*_):
-        raise Late
-
-    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    most = min([taken + memory, *(limit for limit in before if limit >= 0)])
-    handler = signal.signal(signal.SIGALRM, late)
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        yield
-    except Late:
-        raise TimeoutError(f"it takes more than {seconds} seconds") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 # ---------------------------------------------------------------- devices

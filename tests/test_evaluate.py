@@ -248,15 +248,24 @@ MARKED = """
 {%- if add_generation_prompt -%}{{- bos_token + 'assistant: ' -}}{%- endif -%}"""
 
 
-@pytest.mark.parametrize("template", ["plain", "llama-2", MARKED])
+# one that does not strip what is said
+KEEPS = """
+{%- for message in messages -%}{{- '[' + message.role + ']\n' + message.content + eos_token -}}
+{%- endfor -%}{%- if add_generation_prompt -%}{{- '[assistant]\n' -}}{%- endif -%}"""
+
+
+@pytest.mark.parametrize("template", ["plain", "llama-2", MARKED, KEEPS])
 def test_chats_are_read_as_by_the_harness(tmp_path, template):
-    base = make_directory(tmp_path / "base", 1, "plain" if template == MARKED else template)
-    if template == MARKED:
+    """Also those that end with the beginning of a reply, a newline at its end included."""
+    own = template in (MARKED, KEEPS)
+    base = make_directory(tmp_path / "base", 1, "plain" if own else template)
+    if own:
         (base / "chat_template.jinja").write_text(template)
     ours = pair_of(base, "none", tmp_path / "ours")
     theirs = their_model(base, tmp_path)
     begun = [*CHATS[0], {"role": "assistant", "content": "Here it is:\nThe dog"}]
-    for chat, asked in [(CHATS[0], True), (CHATS[1], True), (begun, False)]:
+    code = [*CHATS[0], {"role": "assistant", "content": "```python\n"}]
+    for chat, asked in [(CHATS[0], True), (CHATS[1], True), (begun, False), (code, False)]:
         shown = theirs.apply_chat_template(chat, add_generation_prompt=asked)
         mine = ours.apply_chat_template(chat, add_generation_prompt=asked)
         assert ours.tok_encode(mine) == theirs.tok_encode(shown), (chat, mine, shown)
