@@ -249,7 +249,7 @@ MARKED = """
 
 
 # one that does not strip what is said
-KEEPS = """
+KEEPS = """{{- bos_token -}}
 {%- for message in messages -%}{{- '[' + message.role + ']\n' + message.content + eos_token -}}
 {%- endfor -%}{%- if add_generation_prompt -%}{{- '[assistant]\n' -}}{%- endif -%}"""
 
