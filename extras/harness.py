@@ -37,7 +37,7 @@ from extras.benchmarks import local_rows, toxic_prompts
 from extras.likelihood import Question
 from extras.sandbox import CodeEval
 from plumbing.files import LIST, TABLE, TEXT, InputError, parse_json, whole_lines
-from plumbing.tokenizer import Refused
+from plumbing.tokenizer import Refused, past
 from sample import GrowingReply, Speaker
 
 # the harness's own words and bars: only what went wrong, and nothing where nobody watches
@@ -147,9 +147,7 @@ class Pair(TemplateLM):
                 last = len(chat_history) - 1
                 if last not in ends:
                     raise Refused("the template does not write a reply as it is")
-                # white space at the end too, even if the template strips it: as in transformers
-                content = chat_history[last]["content"]
-                text = text[: ends[last]] + content[len(content.rstrip()) :]
+                text = text[: past(chat_history[last], text, ends[last])]
             ids, _ = tokenizer.spell(text)
         except Refused as error:
             raise InputError(f"{tokenizer.directory}: no prompt can be made: {error}") from None
