@@ -217,6 +217,7 @@ def _tokenize(reading: Reading, tokenizer: Tokenizer, max_length: int) -> Chats:
             chat_ids, chat_target, ends = tokenize_chat(tokenizer, begun)
         except Refused as reason:
             tally.left_out[str(reason)] += 1
+            tally.first.setdefault(str(reason), chat.entry + 1)
             continue
         if not any(chat_target):
             tally.left_out["no reply in them that is to be learnt"] += 1
@@ -254,6 +255,7 @@ class Tally:
 
     max_length: int
     left_out: Counter  # chats, by reason
+    first: dict[str, int] = field(default_factory=dict)  # the first record that is, by reason
     unlearnt: Counter = field(default_factory=Counter)  # replies, by reason
     replies: int = 0
     cut: int = 0  # chats
@@ -301,7 +303,9 @@ class Tally:
             why = ", ".join(f"{reason}: {n}" for reason, n in self.left_out.most_common())
             raise InputError(f"no chat has a reply to learn ({why})")
         rows = [("chats read", read, "")]
-        rows += [("  left out", n, reason) for reason, n in self.left_out.most_common()]
+        for reason, n in self.left_out.most_common():
+            first = f"; the first is record {self.first[reason]}" if reason in self.first else ""
+            rows.append(("  left out", n, reason + first))
         rows.append(("chats used", used, ""))
         if self.cut:
             rows.append(("  cut", self.cut, f"to {self.max_length} tokens"))

@@ -607,6 +607,7 @@ def test_one_chat_at_which_the_template_fails_does_not_end_the_run(directory, tm
     records = [{"messages": [ASK, GOOD]}, {"messages": [ASK, GOOD] * 3}]
     chats = tokenize(read_chats(written(tmp_path, *records)), Tokenizer(directory), 200)
     assert len(chats) == 1 and "the template does not work: ZeroDivisionError" in chats.report
+    assert "; the first is record 2" in chats.report
 
 
 # ---------------------------------------------------------------- texts that look like tokens
