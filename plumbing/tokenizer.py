@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
-from os.path import commonprefix
 from pathlib import Path
 from typing import NamedTuple
 
@@ -413,16 +412,9 @@ class Tokenizer:
             if not begins or begins[0] + len(header) > ends[i]:
                 raise Refused("the template's prompt is not how its replies begin")
 
-            # some templates put EOS only where no more is to come: what the two have in common
-            # counts, but for the first characters of a next turn that happen to be the same
             said = past(messages[i], text, ends[i])
-            end = len(after)
-            if not text.startswith(after, said):
-                end = len(commonprefix([after, text[said : said + len(after)]]))
-                names = [self.tokens[k] for k in self.control]
-                found = [after.rfind(name, 0, end) + len(name) for name in names if name in after]
-                end = max((place for place in found if 0 < place <= end), default=0)
-            replies.append(self._ended(text, Reply(begins[0] + len(header), ends[i], said + end)))
+            end = said + len(after) * text.startswith(after, said)
+            replies.append(self._ended(text, Reply(begins[0] + len(header), ends[i], end)))
         return text, replies, False
 
     def _header(self, text: str, before: list[dict]) -> str:
@@ -441,7 +433,8 @@ class Tokenizer:
 
     def _ended(self, text: str, reply: "Reply") -> "Reply":
         """The reply with the token that ends it, where that stands just behind it: some templates
-        put one only between two turns, or behind what they have marked.
+        put one only between two turns, or behind what they have marked, or end the last reply in
+        another way.
         """
         names = [self.tokens[i] for i in self.control if i != self.bos]
         if not names or any(name in text[reply.said : reply.end] for name in names):
