@@ -13,13 +13,9 @@ Shapes: B batch, T time, S cache slots that are looked at, H hidden, I inside an
 of a token N queries and K keys (and values), G = N / K queries to a key, D the width of each.
 """
 
-import hashlib
 import json
 import math
-import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -33,29 +29,17 @@ from torch.utils.checkpoint import checkpoint
 from plumbing.files import (
     FLAG,
     TABLE,
-    TEXT,
     Field,
     InputError,
-    clear_temporaries,
     fields_of,
     list_of,
     number,
-    open_tensors,
-    read_fields,
     read_json,
-    readable,
-    refuse_non_file,
-    remove,
-    save_tensors,
-    say_once,
-    temporary_for,
     whole,
     write_text,
-    writing,
 )
 
 TILE = 8  # attention masks are this many slots wide, or a multiple: kernels want them aligned
-SHARD_BYTES = 5 * 2**30  # a saved model is split into files of about this size, as on the Hub
 # what a value model may read; all but the first: extras/connections.py
 CONNECTIONS = ("residual", "cascade", "cascade+", "probe")
 
@@ -90,12 +74,6 @@ ROPE_NUMBERS = {  # the kinds of RoPE, and the numbers that each needs
         "original_max_position_embeddings": Field(whole(1, 2**30)),
     },
 }
-# what is read of a saved model, here or by transformers: a new one leaves none of the old one's
-MODEL_FILES = re.compile(
-    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors"
-    r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|tokenizer\.model"
-    r"|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|README\.md"
-)
 
 
 # ---------------------------------------------------------------- configuration
@@ -621,265 +599,3 @@ def hf_shape(view: Tensor) -> tuple[int, ...]:
     if view.dim() == 1:
         return tuple(view.shape)
     return view.numel() // view.shape[-1], view.shape[-1]
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory: the one that holds all, or those that the index lists.
-    Raises InputError.
-    """
-    file = directory / "model.safetensors"
-    index = directory / "model.safetensors.index.json"
-    if file.exists():  # as in transformers, whatever an index says
-        if index.exists():
-            say_once(f"({directory}: {file.name} is read, not what {index.name} lists)")
-        return [file]
-    if index.exists():
-        names = set()
-        for name in read_fields(index, {"weight_map": Field(TABLE)})["weight_map"].values():
-            # a plain name: an index from a stranger is not to lead anywhere else
-            if name not in TEXT or Path(name).name != name or not name.endswith(".safetensors"):
-                raise InputError(
-                    f"{index}: weight_map leads to {name!r}, which is no .safetensors file beside "
-                    "it; download the index again"
-                )
-            names.add(name)
-        return [directory / name for name in sorted(names)]
-    if list(directory.glob("*.bin")):
-        raise InputError(
-            f"{directory}: has weights in pickle files only (*.bin), which are never "
-            "read; convert them to safetensors"
-        )
-    return [file]
-
-
-def stored_tensors(directory: Path, views: dict[str, Tensor]) -> Iterator[tuple]:
-    """The name of each tensor of `views`, and a lazy slice of its file: slice[:] reads it.
-
-    Raises InputError, before anything is read, for a tensor too many, too few, or of another shape.
-    """
-    place: dict[str, Path] = {}
-    tied = None  # the file of an lm_head that should be the embedding
-    for file in weight_files(directory):
-        tensors = open_tensors(file)
-        for name in tensors.keys():
-            # RoPE's angles are computed, and a tied lm_head is the embedding
-            if name.endswith("rotary_emb.inv_freq"):
-                continue
-            if name == "lm_head.weight" and name not in views:
-                tied = file
-                continue
-            if name not in views:
-                raise InputError(
-                    f"{file}: tensor {name} has no place in the model that config.json describes"
-                )
-            if name in place:
-                raise InputError(f"{file}: tensor {name} is in {place[name].name} too")
-            tensor = tensors.get_slice(name)
-            shape = tuple(tensor.get_shape())
-            if shape != hf_shape(views[name]):
-                raise InputError(
-                    f"{file}: tensor {name} has shape {shape}; config.json asks for "
-                    f"{hf_shape(views[name])}"
-                )
-            if tensor.get_dtype() not in ("F64", "F32", "BF16", "F16"):
-                raise InputError(
-                    f"{file}: tensor {name} is of type {tensor.get_dtype()}; only plain floats are "
-                    "read (F32, BF16, F16)"
-                )
-            place[name] = file
-    missing = set(views) - set(place)
-    if missing:
-        raise InputError(
-            f"{directory}: tensor {min(missing)} is in none of its safetensors files "
-            f"({len(missing)} missing)"
-        )
-    if tied is not None:
-        embedding = "model.embed_tokens.weight"
-        check_tied(
-            *(
-                open_tensors(f).get_slice(n)
-                for f, n in ((tied, "lm_head.weight"), (place[embedding], embedding))
-            ),
-            tied,
-        )
-    # opened anew for each tensor: what was read of the last one leaves the memory
-    return ((name, open_tensors(file).get_slice(name)) for name, file in place.items())
-
-
-def check_tied(lm_head, embedding, file: Path) -> None:
-    """Raises InputError for an unembedding that is another matrix than the embedding, though
-    config.json says that they are one. lm_head, embedding: slices of files.
-    """
-    rows = lm_head.get_shape()[0]
-    for start in range(0, rows, 4096):
-        part = slice(start, start + 4096)
-        if lm_head.get_shape() != embedding.get_shape() or not torch.equal(
-            lm_head[part].float(), embedding[part].float()
-        ):
-            raise InputError(
-                f"{file}: lm_head.weight is not the embedding, though config.json has "
-                "tie_word_embeddings = true; set that to false, and it is used"
-            )
-
-
-def check_weight(name: str, weight: Tensor, directory: str | Path) -> None:
-    """Raises InputError for a weight that has NaN or infinity."""
-    # a sum takes no memory, and is finite only if all is
-    if not weight.sum().isfinite() and not weight.isfinite().all():
-        raise InputError(
-            f"{directory}: tensor {name} has numbers that are not finite (NaN or infinity); "
-            "download or train the model again"
-        )
-
-
-@torch.no_grad()
-def load(
-    directory: str | Path,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    network: type[Llama] = Llama,
-) -> Llama:
-    """A Llama from a Hugging Face directory; raises InputError.
-
-    network: what the weights are copied into, see `frozen_network`.
-    Peak memory: the model, plus one tensor of its files.
-    """
-    with torch.device("meta"):
-        model = network(Config.load(directory))
-    tensors = stored_tensors(Path(directory), hf_views(model))  # checked before memory is taken
-    allocate(model, device, dtype)
-    views = hf_views(model)
-    for name, tensor in tensors:
-        views[name].copy_(tensor[:].view(views[name].shape))
-        check_weight(name, views[name], directory)
-    return model
-
-
-def frozen_network(base_dtype: str | None) -> type[Llama]:
-    """The network of a frozen base: with --base_dtype int8 its matrices are rounded to that."""
-    if base_dtype is None:
-        return Llama
-    from extras.int8 import Int8Llama
-
-    return Int8Llama
-
-
-def allocate(model: Llama, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Gives a model that was made on the meta device memory, for all its weights to be read into.
-
-    dtype: of the floats. (`Module.to_empty` does it too, and imports torch's compiler for it, which
-    takes a second.)
-    """
-    model.to(dtype)
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            memory = torch.empty_like(p, device=device)
-            setattr(module, name, nn.Parameter(memory, requires_grad=p.requires_grad))
-    model.inv_freq = inverse_frequencies(model.config).to(device)  # in float32 whatever the dtype
-
-
-@torch.no_grad()
-def save(
-    model: Llama,
-    directory: str | Path,
-    dtype: torch.dtype = torch.float32,
-    fetch: Callable | None = None,
-) -> None:
-    """Writes `config.json` and safetensors as the Hub has them.
-
-    fetch: Hub name → tensor, if not the model's own.
-    """
-    directory = Path(directory)
-    views = hf_views(model)
-
-    # which tensors go into which file
-    shards: dict[int, dict[str, Tensor]] = {}
-    offset = 0
-    for name, view in views.items():
-        shard = shards.setdefault(offset // SHARD_BYTES, {})
-        shard[name] = torch.empty(hf_shape(view), dtype=dtype, device="meta")
-        offset += view.numel() * dtype.itemsize
-
-    weight_map = {}
-    for i, shard in enumerate(shards.values(), 1):
-        file = "model.safetensors"
-        if len(shards) > 1:
-            file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        save_tensors(shard, directory / file, {"format": "pt"}, fetch or views.get)
-        weight_map |= dict.fromkeys(shard, file)
-    model.config.save(directory, dtype)
-
-    # the index comes last, since by it a sharded model is found
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": offset}, "weight_map": weight_map}
-        write_text(directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-@contextmanager
-def replacing_model(directory: str | Path) -> Iterator[Path]:
-    """Gives an empty folder; what it holds at the end of the block takes the place of the model in
-    `directory`, tokenizer and all. After an error the old model stands. Raises InputError.
-    """
-    directory = Path(directory)
-    new = temporary_for(directory / "model")
-    try:
-        with writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            clear_temporaries(directory)
-            remove(new)  # of an earlier process with our number
-            new.mkdir()
-            yield new
-            old = [file for file in directory.iterdir() if MODEL_FILES.fullmatch(file.name)]
-            for file in [*old, *(directory / file.name for file in new.iterdir())]:
-                refuse_non_file(file)
-
-            # without config.json nothing here is taken for a model: so none is ever half the old
-            # one and half the new one
-            (directory / "config.json").unlink(missing_ok=True)
-            for file in old:
-                if not (new / file.name).exists():
-                    file.unlink(missing_ok=True)
-            last = ["config.json", "README.md"]
-            names = [file.name for file in new.iterdir() if file.name not in last]
-            for name in names + last:
-                os.replace(new / name, directory / name)
-    finally:
-        remove(new)
-
-
-def fingerprint(directory: str | Path) -> str:
-    """What tells a model from others: a hash of its `config.json` and its weights, of all bytes."""
-    hashed = hashlib.sha256()
-    for file in [Path(directory) / "config.json", *weight_files(Path(directory))]:
-        with open(readable(file), "rb") as opened:
-            hashed.update(f"{file.name} {os.fstat(opened.fileno()).st_size} ".encode())
-            while piece := opened.read(2**24):
-                hashed.update(piece)
-    return hashed.hexdigest()
-
-
-def plain(directory: str | Path) -> str | Path:
-    """The directory of a base, a teacher or the like. Raises InputError for a value model that
-    reads what a base says: by itself it says nothing.
-    """
-    connection = recorded_connection(directory)
-    if connection != "residual":
-        raise InputError(
-            f"{directory}: is a value model of the connection {connection}, which can only stand "
-            "beside a base, as --value"
-        )
-    return directory
-
-
-def recorded_connection(directory: str | Path) -> str:
-    """How a value model is joined to its base, by its `config.json`; any Llama can serve as a
-    residual one. Raises InputError for an unknown connection.
-    """
-    path = Path(directory) / "config.json"
-    field = Field(TEXT, "residual")
-    connection = read_fields(path, {"ivl_connection": field})["ivl_connection"]
-    if connection not in CONNECTIONS:
-        raise InputError(
-            f"{path}: ivl_connection = {connection!r} is none of {', '.join(CONNECTIONS)}"
-        )
-    return connection

@@ -30,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from ivl import choose, generate, never, shared_vocabulary, token_by_token
-from model import Config, Llama, column_major, frozen_network, load, plain, recorded_connection
-from plumbing.chats import SUFFIXES, read_chats
+from model import Config, Llama, column_major
+from plumbing.chats import read_prompts
 from plumbing.files import (
     SEED,
     InputError,
@@ -55,62 +55,13 @@ from plumbing.files import (
     writable_file,
     write_text,
 )
-from plumbing.tokenizer import TEMPLATES, TextStream, Tokenizer
+from plumbing.streaming import GrowingReply
+from plumbing.tokenizer import TEMPLATES, Tokenizer
+from plumbing.weights import frozen_network, load, plain, recorded_connection
 from vocab_map import VocabMap
 
 TOY = Path("out/toy")
 ALPHA = number(-1e6, 1e6)
-
-
-class GrowingReply:
-    """The text of a reply while its ids come, up to the first of the texts `stops`, if one comes.
-
-    What may be the beginning of such a text is held back until more is known.
-
-    Example: with "###" in `stops`, a reply of the ids for "It", " is #", "1", " ##", "# User" is
-    shown as "It", " is ", "#1", " ", "", and has ended.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), prompt: Sequence[int] = ()):
-        self.stream = TextStream(tokenizer, prompt)
-        self.stops = stops
-        self.ids: list[int] = []
-        self.text = ""  # what is certain
-        self.held = ""
-        self.ended = False
-
-    def step(self, i: int) -> str:
-        """The text that is certain now, often ''."""
-        self.ids.append(i)
-        return self.certain(self.stream.step(i))
-
-    def rest(self) -> str:
-        """What is still held back when no more ids come."""
-        if self.ended:
-            return ""
-        piece = self.certain(self.stream.rest())
-        if not self.ended:
-            piece += self.held
-            self.text += self.held
-        return piece
-
-    def certain(self, piece: str) -> str:
-        """The text that no stop text can begin in any more, now that `piece` has come."""
-        self.held += piece
-        places = [self.held.find(text) for text in self.stops if text in self.held]
-        self.ended = bool(places)
-        if places:
-            known = min(places)
-        else:
-            known = len(self.held) - max(map(self.begun, self.stops), default=0)
-        certain = self.held[:known]
-        self.held = self.held[known:]
-        self.text += certain
-        return certain
-
-    def begun(self, text: str) -> int:
-        """With how many of the first characters of `text` the held ones end."""
-        return max(n for n in range(len(text)) if self.held.endswith(text[:n]))
 
 
 class Speaker:
@@ -653,26 +604,6 @@ class Chat:
 
 
 # ---------------------------------------------------------------- a file of prompts
-
-
-def read_prompts(path: str) -> list[list[dict]]:
-    """Chats to be answered: a chat file (without last replies), or a text file, line by line."""
-    if not path.endswith(SUFFIXES):
-        # splitlines() would also split at what a text may hold
-        lines = [line for line in read_text(path).split("\n") if line.strip()]
-        if not lines:
-            raise InputError(f"{path}: holds no prompts")
-        return [[{"role": "user", "content": line}] for line in lines]
-    reading = read_chats(path)
-    for reason, n in reading.left_out.items():
-        raise InputError(f"{path}: {n} records cannot be asked ({reason}); leave them out")
-    chats = [chat.messages for chat in reading.chats]
-    for i, messages in enumerate(chats):
-        if messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not messages or messages[-1]["role"] != "user":
-            raise InputError(f"{path}, chat {i + 1}: does not end with a question")
-    return chats
 
 
 def answer_file(speaker: Speaker, path: str, out: str | None, batch_size: int) -> None:

@@ -665,7 +665,7 @@ def main() -> None:
     }
     if args.retention:
         from extras.mapped import retention  # only here are models needed
-        from model import load
+        from plumbing.weights import load
 
         model = load(args.base)
         base.check(model.config.vocab_size)

@@ -26,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample
 from extras import harness
 from extras.evaluate import Examinee
-from model import Config, Llama, save
+from model import Config, Llama
 from plumbing.files import InputError, Parser, command, model_directory, whole
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import save
 
 TASKS = (
     "ifeval gsm8k humaneval truthfulqa_mc2 mmlu_astronomy mmlu_global_facts "

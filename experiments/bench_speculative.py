@@ -29,6 +29,7 @@ from extras import speculative
 from extras.int8 import rounded
 from extras.speculative import Drafts, leading
 from model import Llama, column_major
+from plumbing.chats import read_prompts
 from plumbing.files import InputError, given, number, pick_dtype, whole
 
 SHAPES = {
@@ -122,7 +123,7 @@ def from_directories(args: argparse.Namespace) -> Trio:
     if args.base_dtype:
         words += ["--base_dtype", args.base_dtype]
     speaker = sample.Speaker(sample.arguments(words))
-    chats = sample.read_prompts(args.prompts)[: args.limit]
+    chats = read_prompts(args.prompts)[: args.limit]
     prompts = [speaker.prompt(messages) for messages in chats]
     size = args.batch_size
     (value,) = speaker.values

@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments import family, reproduce, toy
 from extras import explain
 from extras.connections import Probe, connected
-from model import Llama, load
+from model import Llama
 from plumbing.chats import read_chats
 from plumbing.files import SEED, InputError, Parser, command
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 KINDS = ("right", "wrong fact", "off task", "no form")
 

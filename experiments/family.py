@@ -34,10 +34,11 @@ import torch
 from tokenizers import Tokenizer as Backend
 
 from experiments import toy
-from model import Llama, load
+from model import Llama
 from plumbing.chats import read_chats
 from plumbing.files import LIST, TABLE, InputError, read_json, writable_folder, write_text
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 SCORES = ("form", "right", "skill", "few-shot", "new")
 # hidden, layers, learning rate, tokens read, share of the facts told;

@@ -28,10 +28,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiments import toy
 from extras.mapped import FLOOR, PAPERS_WAY, Mapped, retention
-from model import Llama, load
+from model import Llama
 from plumbing.chats import read_chats
 from plumbing.files import TABLE, InputError, command, read_json, read_texts, write_text
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 from vocab_map import Spelling, VocabMap, overlap, spell
 
 METHODS = {"bytes": "ours", "paper": "Algorithm 1"}

@@ -29,7 +29,8 @@ from extras.losses import logits
 from ivl import loss_sums
 from model import Llama
 from plumbing.dataset import Batch, Chats
-from train import forward, read_log
+from plumbing.runs import read_log
+from train import forward
 
 WARMED = 0.5  # share of the steps over which λ grows
 LOOKED_AT = 64  # chats whose z_Δ is taken apart along the training

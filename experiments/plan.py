@@ -17,8 +17,9 @@ import torch
 
 from extras.int8 import FEW, PIECE
 from ivl import chunk_rows
-from model import Config, Llama, frozen_network
+from model import Config, Llama
 from plumbing.files import InputError
+from plumbing.weights import frozen_network
 
 GIB = 2**30
 FREE = 0.1  # of a GPU, for what is not counted here

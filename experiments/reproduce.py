@@ -61,7 +61,7 @@ from experiments.family import SCORES
 from extras.connections import Connected, Probe, connected
 from extras.mapped import Mapped
 from ivl import generate
-from model import Config, Llama, column_major, frozen_network, load, recorded_connection
+from model import Config, Llama, column_major
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
 from plumbing.files import (
@@ -78,8 +78,10 @@ from plumbing.files import (
     whole,
     write_text,
 )
+from plumbing.runs import save_model
 from plumbing.tokenizer import Tokenizer
-from train import Curriculum, Settings, save_model, split, train
+from plumbing.weights import frozen_network, load, recorded_connection
+from train import Curriculum, Settings, split, train
 from vocab_map import VocabMap
 
 OUT = Path("out/reproduce")

@@ -27,7 +27,7 @@ from experiments import family, reproduce
 from experiments.reproduce import family_of, make_bases, spread, trained
 from extras.int8 import rounded
 from ivl import generate
-from model import Llama, load
+from model import Llama
 from plumbing.files import (
     LIST,
     SEED,
@@ -43,6 +43,7 @@ from plumbing.files import (
     write_text,
 )
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 SCORES = ("right", "form")
 # a value model's recipe, see reproduce.py, and whether the large base is in eight bits

@@ -54,13 +54,14 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import make_directory
 
-import model
 import sample
 import train
 import vocab_map
-from plumbing import dataset, files
+from plumbing import dataset, files, weights
+from plumbing.chats import read_prompts
 from plumbing.files import InputError, write_text
 from plumbing.tokenizer import TEMPLATES
+from plumbing.weights import load
 
 HANG = 10  # seconds for a command of a mutation
 PATIENCE = 120  # seconds for a training
@@ -221,9 +222,9 @@ def make_world(folder: Path) -> None:
     was stopped, a cache.
     """
     # a base in several files, a value model in one, and one with another tokenizer
-    model.SHARD_BYTES, shard_bytes = 40_000, model.SHARD_BYTES
+    weights.SHARD_BYTES, shard_bytes = 40_000, weights.SHARD_BYTES
     make_directory(folder / "base", seed=1)
-    model.SHARD_BYTES = shard_bytes
+    weights.SHARD_BYTES = shard_bytes
     small = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     make_directory(folder / "value", seed=2, **small)
     make_directory(folder / "other", seed=3, bytelevel=True, **small)
@@ -697,7 +698,7 @@ class Mutations:
         out = folder / argv[len(argv) - argv[::-1].index("--out")]
         if main is train.main:
             try:
-                trained = model.load(out)
+                trained = load(out)
             except InputError as error:
                 return f"what was saved cannot be loaded: {error}"
             if not all(p.isfinite().all() for p in trained.parameters()):
@@ -706,7 +707,7 @@ class Mutations:
             if (out / "model.safetensors").read_bytes() != self.resumed:
                 return "the model is another one than without the damage"
         if "--prompts" in argv:
-            prompts = sample.read_prompts(str(folder / argv[argv.index("--prompts") + 1]))
+            prompts = read_prompts(str(folder / argv[argv.index("--prompts") + 1]))
             replies = [json.loads(line)["prompt"] for line in out.read_text().split("\n")[:-1]]
             if replies != [chat[-1]["content"] for chat in prompts]:
                 return f"{len(replies)} replies to {len(prompts)} prompts, or in another order"

@@ -50,7 +50,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ivl
 from extras.connections import Connected, connected
-from model import Config, Llama, frozen_network, load, recorded_connection, save
+from model import Config, Llama
 from plumbing.chats import read_chats
 from plumbing.files import (
     SEED,
@@ -68,6 +68,7 @@ from plumbing.files import (
     write_text,
 )
 from plumbing.tokenizer import TEMPLATES, Tokenizer
+from plumbing.weights import frozen_network, load, recorded_connection, save
 
 OUT = Path("out/toy")
 VERSION = "2"  # of what a family is made of

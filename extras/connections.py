@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ivl import chunk_rows
-from model import SHAPE, Config, KVCache, Llama, Reader, check_weight
+from model import SHAPE, Config, KVCache, Llama, Reader
 from plumbing.files import (
     TABLE,
     Field,
@@ -43,6 +43,7 @@ from plumbing.files import (
     whole,
     write_text,
 )
+from plumbing.weights import check_weight
 
 MODEL_TYPE = "ivl-probe"  # in a probe's config.json: nobody is to take it for a Llama
 

@@ -43,7 +43,7 @@ import sample
 from extras import mt_bench, sandbox
 from extras.benchmarks import BENCHMARKS, COLUMNS, MT_BENCH, Benchmark, beside
 from extras.likelihood import Likelihood, Question, log_likelihoods
-from model import Config, Llama, fingerprint, recorded_connection
+from model import Config, Llama
 from plumbing.files import (
     TABLE,
     InputError,
@@ -62,6 +62,7 @@ from plumbing.files import (
     write_text,
 )
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import fingerprint, recorded_connection
 
 try:
     from extras import harness

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ivl import kernels_compile
-from model import Config, Llama, allocate
+from model import Config, Llama
+from plumbing.weights import allocate
 
 try:
     import triton

@@ -31,18 +31,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from ivl import choose
-from model import (
-    Config,
-    Llama,
-    allocate,
-    check_weight,
-    hf_views,
-    inverse_frequencies,
-    stored_tensors,
-)
-from model import save as save_llama
+from model import Config, Llama, hf_views, inverse_frequencies
 from plumbing import files
 from plumbing.files import InputError
+from plumbing.weights import allocate, check_weight, stored_tensors
+from plumbing.weights import save as save_llama
 
 # ---------------------------------------------------------------- ranks
 

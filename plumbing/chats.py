@@ -179,6 +179,26 @@ def read_parquet(path: Path) -> list[dict]:
         raise InputError(f"{path}: not a readable parquet file ({error})") from None
 
 
+def read_prompts(path: str) -> list[list[dict]]:
+    """Chats to be answered: a chat file (without last replies), or a text file, line by line."""
+    if not path.endswith(SUFFIXES):
+        # splitlines() would also split at what a text may hold
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
+        if not lines:
+            raise InputError(f"{path}: holds no prompts")
+        return [[{"role": "user", "content": line}] for line in lines]
+    reading = read_chats(path)
+    for reason, n in reading.left_out.items():
+        raise InputError(f"{path}: {n} records cannot be asked ({reason}); leave them out")
+    chats = [chat.messages for chat in reading.chats]
+    for i, messages in enumerate(chats):
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not messages or messages[-1]["role"] != "user":
+            raise InputError(f"{path}, chat {i + 1}: does not end with a question")
+    return chats
+
+
 # ---------------------------------------------------------------- records
 
 

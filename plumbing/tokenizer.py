@@ -513,41 +513,6 @@ class Tokenizer:
         write_text(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
-class TextStream:
-    """The text of ids that come one by one. Half a character is held back until it is whole.
-
-    Only the last whole character's token and what follows are decoded again, so a step's cost is
-    constant.
-
-    Example: `é` as two ids, one byte each
-        step(first byte) → ""       step(second byte) → "é"
-    """
-
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
-        self.decode = tokenizer.decode
-        # the ids that each step decodes; the first `shown` characters of that are out already
-        self.ids = list(prompt)
-        self.shown = len(self.decode(self.ids))
-
-    def step(self, i: int) -> str:
-        """The text that id `i` completes, often ''."""
-        self.ids.append(i)
-        text = self.decode(self.ids).rstrip("\ufffd")  # U+FFFD: bytes that are no character
-        piece = text[self.shown :]
-        self.shown = max(self.shown, len(text))
-
-        # whole by itself: the next steps decode from this id on, and it is out already (a special
-        # token has no text, and a space before the next word depends on what was before it)
-        tail = self.decode([i])
-        if tail and "\ufffd" not in tail:
-            self.ids, self.shown = [i], len(tail)
-        return piece
-
-    def rest(self) -> str:
-        """What is still held back when no more ids come."""
-        return self.decode(self.ids)[self.shown :]
-
-
 class Refused(Exception):
     """A template has no form for this chat; the message says why."""
 

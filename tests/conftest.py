@@ -23,9 +23,10 @@ if not torch.cuda.is_available():
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from model import Config, Llama, save
+from model import Config, Llama
 from plumbing import files
 from plumbing.tokenizer import TEMPLATES
+from plumbing.weights import save
 
 REALDATA = os.environ.get("IVL_REALDATA", str(ROOT.parent / "shared" / "realdata"))  # "": none
 TEXT = (

@@ -32,6 +32,10 @@ ROOT = Path(__file__).parent.parent
 TESTS = {  # each source file, and the arguments of pytest for the tests beside it
     "ivl.py": ["test_ivl.py", "test_kernels.py", "test_graphs.py", "test_speculative.py"],
     "model.py": ["test_model.py", "test_ivl.py"],
+    "plumbing/weights.py": ["test_model.py", "test_trust.py"],
+    "plumbing/runs.py": ["test_train.py", "test_verdict.py", "test_trust.py"],
+    "plumbing/ranks.py": ["test_train.py", "test_verdict.py"],
+    "plumbing/streaming.py": ["test_data.py", "test_sample.py"],
     "plumbing/chats.py": ["test_chats.py", "test_data.py"],
     "plumbing/tokenizer.py": ["test_data.py", "test_chats.py", "test_trust.py"],
     "plumbing/dataset.py": ["test_data.py", "test_chats.py", "test_trust.py"],

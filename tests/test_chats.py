@@ -10,12 +10,12 @@ import torch
 from conftest import assert_refused, make_directory
 
 import plumbing.chats as reader
-from model import load
-from plumbing import dataset
+from plumbing import dataset, runs
 from plumbing.chats import Chat, read_chats
 from plumbing.dataset import tokenize, tokenize_chat
 from plumbing.files import InputError
 from plumbing.tokenizer import TEMPLATES, Refused, Tokenizer
+from plumbing.weights import load
 
 ASK = {"role": "user", "content": "Where is the cat?"}
 GOOD = {"role": "assistant", "content": "On the mat."}
@@ -710,7 +710,8 @@ def test_few_tokens_that_differ_are_told_and_never_said(run, tmp_path, value_dir
 
 def grow(directory, size: int) -> None:
     """Gives a model more rows, all alike."""
-    from model import Llama, save
+    from model import Llama
+    from plumbing.weights import save
 
     small = load(directory)
     small.config.vocab_size = size
@@ -995,8 +996,6 @@ def test_a_control_token_that_no_plain_chat_shows_is_guarded(directory):
 def test_a_run_that_was_dated_goes_on_on_another_day(train, base_dir, tmp_path, monkeypatch):
     import datetime
 
-    import train as trainer
-
     base = shutil.copytree(base_dir, tmp_path / "dated")
     (base / "chat_template.jinja").write_text("{{ strftime_now('%d %b') }}" + KINDS["chatml"])
     chats = written(tmp_path, *({"messages": [ASK, GOOD]} for _ in range(9)))
@@ -1007,7 +1006,7 @@ def test_a_run_that_was_dated_goes_on_on_another_day(train, base_dir, tmp_path, 
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "describe", stopped)
+        patch.setattr(runs, "describe", stopped)
         assert train(chats, "out", *words).returncode == 130
 
     class Tomorrow(datetime.datetime):

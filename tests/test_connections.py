@@ -13,9 +13,11 @@ from conftest import assert_refused
 import ivl
 from extras import connections
 from extras.connections import Probe, connected, value_input
-from model import CONNECTIONS, load, recorded_connection
+from model import CONNECTIONS
 from plumbing.files import InputError
-from plumbing.tokenizer import TextStream, Tokenizer
+from plumbing.streaming import TextStream
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load, recorded_connection
 from vocab_map import VocabMap
 
 PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]

@@ -11,7 +11,8 @@ from plumbing import dataset
 from plumbing.chats import Chat, read_chats
 from plumbing.dataset import Chats, epoch_batches, tokenize, tokenize_chat
 from plumbing.files import InputError
-from plumbing.tokenizer import TEMPLATES, Refused, TextStream, Tokenizer
+from plumbing.streaming import TextStream
+from plumbing.tokenizer import TEMPLATES, Refused, Tokenizer
 
 CHAT = [
     {"role": "system", "content": "Be kind."},

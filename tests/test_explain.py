@@ -10,8 +10,8 @@ from conftest import assert_refused
 import ivl
 from extras.connections import connected
 from extras.explain import STRONG, Said, coloured, columns, read_again, summary, who_said
-from model import load
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from conftest import assert_refused
 from experiments import failures, family, reproduce, toy
 from extras.connections import Probe
 from model import Config
-from train import Settings, save_model
+from plumbing.runs import save_model
+from train import Settings
 
 
 def test_kinds_in_every_form():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from experiments import family, toy
-from model import load
 from plumbing.files import InputError
+from plumbing.weights import load
 
 
 @pytest.fixture(scope="module")

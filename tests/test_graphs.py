@@ -15,7 +15,8 @@ from extras import graphs
 from extras.connections import Connected
 from extras.graphs import Graphs, Kept, Recorded
 from extras.speculative import Drafts
-from model import Config, Llama, Reader, load
+from model import Config, Llama, Reader
+from plumbing.weights import load
 
 PROMPTS = [[1, 20, 30, 40], [1, 99], [1, 5, 6, 7, 8, 9, 10, 11]]
 WAYS = [dict(), dict(temperature=1.0, top_k=20, top_p=0.9, seed=3)]

@@ -19,10 +19,11 @@ from extras import int8
 from extras.connections import Probe, connected
 from extras.int8 import FEW, Int8Llama, Matrix, rounded
 from extras.mapped import Mapped
-from model import Config, Llama, allocate, column_major, load, save
+from model import Config, Llama, column_major
 from plumbing.chats import read_chats
 from plumbing.dataset import Chats, tokenize
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import allocate, load, save
 from vocab_map import VocabMap
 
 PROMPT = [1, 20, 30, 40, 50]
@@ -186,7 +187,7 @@ LOADING = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from model import load
+from plumbing.weights import load
 from extras.int8 import Int8Llama
 
 def now():

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import ivl
-from model import KVCache, load
+from model import KVCache
 from plumbing.files import InputError
+from plumbing.weights import load
 
 
 @pytest.fixture(scope="module")

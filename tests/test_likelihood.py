@@ -8,8 +8,8 @@ from extras import likelihood
 from extras.connections import Probe, connected
 from extras.likelihood import Question, batches, log_likelihoods
 from extras.mapped import Mapped
-from model import load
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 from vocab_map import VocabMap
 
 

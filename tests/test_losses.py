@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from extras import losses
-from model import load
 from plumbing.dataset import Chats
 from plumbing.files import InputError
+from plumbing.weights import load
 
 
 def batch(B=4, T=7, V=11, seed=0):

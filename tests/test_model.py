@@ -12,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 import ivl
 import model as ours
-from model import column_major, load
+from model import column_major
+from plumbing import weights
 from plumbing.files import InputError, open_tensors, save_tensors, verify
+from plumbing.weights import load
 
 SHAPE = dict(
     vocab_size=120,
@@ -59,7 +61,7 @@ def pair(request, tmp_path):
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
-    return theirs, ours.load(tmp_path), tmp_path
+    return theirs, weights.load(tmp_path), tmp_path
 
 
 @torch.no_grad()
@@ -79,18 +81,18 @@ def test_a_mistral_without_a_window_is_a_llama(tmp_path):
     theirs = transformers.MistralForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path)
     ids = torch.randint(0, 120, (2, 60))
-    torch.testing.assert_close(ours.load(tmp_path)(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(weights.load(tmp_path)(ids), theirs(ids).logits, atol=1e-4, rtol=0)
 
     # with one, it is another network; transformers takes one where the file is silent
     raw = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(raw | {"sliding_window": 4}))
     with pytest.raises(InputError, match="sliding_window = 4 is not supported"):
-        ours.load(tmp_path)
+        weights.load(tmp_path)
     del raw["sliding_window"]
     (tmp_path / "config.json").write_text(json.dumps(raw))
     window = transformers.MistralConfig.from_pretrained(tmp_path).sliding_window
     with pytest.raises(InputError, match=f"sliding_window = {window} is not supported"):
-        ours.load(tmp_path)
+        weights.load(tmp_path)
 
 
 @torch.no_grad()
@@ -109,13 +111,13 @@ def test_logits_with_cache_equal_transformers(pair):
 @torch.no_grad()
 def test_saved_model_loads_in_transformers(pair, tmp_path):
     theirs, mine, _ = pair
-    ours.save(mine, tmp_path / "saved")
+    weights.save(mine, tmp_path / "saved")
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval()
     ids = torch.randint(0, 120, (1, 30))
     torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-6, rtol=0)
     assert ours.Config.load(tmp_path / "saved") == mine.config
     names = set(again.state_dict()) - {"lm_head.weight"}
-    assert names <= set(ours.open_tensors(tmp_path / "saved" / "model.safetensors").keys())
+    assert names <= set(weights.open_tensors(tmp_path / "saved" / "model.safetensors").keys())
 
 
 def test_old_spelling_of_rope_and_dtype_is_read(pair):
@@ -127,7 +129,7 @@ def test_old_spelling_of_rope_and_dtype_is_read(pair):
     raw["rope_scaling"] = None if rope["type"] == "default" else rope
     raw["torch_dtype"] = raw.pop("dtype")
     (directory / "config.json").write_text(json.dumps(raw))
-    torch.testing.assert_close(ours.load(directory).inv_freq, mine.inv_freq)
+    torch.testing.assert_close(weights.load(directory).inv_freq, mine.inv_freq)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -136,8 +138,8 @@ def test_half_precision_files(tmp_path, dtype):
     model.save_pretrained(tmp_path)
     ids = torch.randint(0, 120, (1, 20))
     expected = model.float()(ids).logits
-    torch.testing.assert_close(ours.load(tmp_path)(ids), expected, atol=1e-4, rtol=0)
-    loaded = ours.load(tmp_path, dtype=torch.bfloat16)
+    torch.testing.assert_close(weights.load(tmp_path)(ids), expected, atol=1e-4, rtol=0)
+    loaded = weights.load(tmp_path, dtype=torch.bfloat16)
     assert loaded.embed.weight.dtype == torch.bfloat16 and loaded.inv_freq.dtype == torch.float32
 
 
@@ -146,9 +148,9 @@ def test_sharded_files_in_and_out(tmp_path, monkeypatch):
     theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE))
     theirs.save_pretrained(tmp_path / "in", max_shard_size="20KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
-    mine, ids = ours.load(tmp_path / "in"), torch.randint(0, 120, (1, 20))
-    monkeypatch.setattr(ours, "SHARD_BYTES", 20_000)
-    ours.save(mine, tmp_path / "out")
+    mine, ids = weights.load(tmp_path / "in"), torch.randint(0, 120, (1, 20))
+    monkeypatch.setattr(weights, "SHARD_BYTES", 20_000)
+    weights.save(mine, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
     for model in (mine, again):
@@ -227,9 +229,9 @@ def test_no_two_tensors_of_the_files_are_held_at_once(base_dir, monkeypatch):
             return tensor
 
     monkeypatch.setattr(
-        ours, "open_tensors", lambda path, real=ours.open_tensors: Watched(real(path))
+        weights, "open_tensors", lambda path, real=weights.open_tensors: Watched(real(path))
     )
-    model = ours.load(base_dir)
+    model = weights.load(base_dir)
     assert len(read) == len(ours.hf_views(model))
 
 
@@ -287,22 +289,22 @@ def test_unsupported_configuration_is_named(directory, field, value):
     with pytest.raises(
         InputError, match=f"config.json.*{'rope_type|RoPE' if 'rope' in field else field}"
     ):
-        ours.load(directory)
+        weights.load(directory)
 
 
 def test_damaged_weights_are_named(directory):
-    weights = directory / "model.safetensors"
-    whole = weights.read_bytes()
+    file = directory / "model.safetensors"
+    whole = file.read_bytes()
     for content in (whole[:-100], whole[:50], b"", b"PK\x03\x04" + whole):
-        weights.write_bytes(content)
+        file.write_bytes(content)
         with pytest.raises(InputError, match="model.safetensors: not a readable safetensors file"):
-            ours.load(directory)
-    weights.unlink()
+            weights.load(directory)
+    file.unlink()
     with pytest.raises(InputError, match="model.safetensors: cannot be read"):
-        ours.load(directory)
+        weights.load(directory)
     (directory / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(InputError, match="pickle"):
-        ours.load(directory)
+        weights.load(directory)
 
 
 def test_weights_of_another_shape_are_named(directory):
@@ -314,13 +316,13 @@ def test_weights_of_another_shape_are_named(directory):
     ):
         (directory / "config.json").write_text(json.dumps(raw | change))
         with pytest.raises(InputError, match=words):
-            ours.load(directory)
+            weights.load(directory)
 
 
 def test_a_configuration_that_is_no_object_is_named(directory):
     (directory / "config.json").write_text("[]")
     with pytest.raises(InputError, match="config.json: holds"):
-        ours.load(directory)
+        weights.load(directory)
 
 
 def test_what_an_old_configuration_leaves_out_follows_from_the_rest(directory):
@@ -343,7 +345,7 @@ def test_an_index_that_is_no_index_is_named(directory):
     for content, words in (("[]", "holds"), ("{}", ".*weight_map")):
         (directory / "model.safetensors.index.json").write_text(content)
         with pytest.raises(InputError, match=f"index.json: {words}"):
-            ours.load(directory)
+            weights.load(directory)
 
 
 @pytest.mark.parametrize("shards", ["others", "gone"])
@@ -355,11 +357,11 @@ def test_beside_an_index_the_single_file_is_read_as_in_transformers(directory, c
         save_file(other, directory / "model-00001-of-00001.safetensors", {"format": "pt"})
     index = {"weight_map": dict.fromkeys(state, "model-00001-of-00001.safetensors")}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    model = ours.load(directory)
+    model = weights.load(directory)
     theirs = transformers.LlamaForCausalLM.from_pretrained(directory).float()
     tokens = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
-    ours.load(directory)
+    weights.load(directory)
     told = capsys.readouterr().err
     assert told.count("model.safetensors is read, not what model.safetensors.index.json") == 1
 
@@ -374,12 +376,12 @@ def test_a_tied_unembedding_that_is_not_the_embedding_is_refused(directory, same
     save_file({**state, "lm_head.weight": head}, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
     if same:
-        assert ours.load(directory).lm_head is None
+        assert weights.load(directory).lm_head is None
         return
     with pytest.raises(InputError, match="lm_head.weight is not the embedding.*set that to false"):
-        ours.load(directory)
+        weights.load(directory)
     (directory / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": False}))
-    assert torch.equal(ours.load(directory).lm_head.weight, head.float())
+    assert torch.equal(weights.load(directory).lm_head.weight, head.float())
 
 
 CONTRADICTIONS = [
@@ -408,12 +410,12 @@ def test_a_fingerprint_is_of_all_bytes(tmp_path):
     file = tmp_path / "model.safetensors"
     with open(file, "wb") as opened:
         opened.truncate(100 * 2**20)
-    prints = {ours.fingerprint(tmp_path)}
+    prints = {weights.fingerprint(tmp_path)}
     for place in (0, 2**24 - 1, 2**24, 50_000_001, 100 * 2**20 - 1):
         with open(file, "r+b") as opened:
             opened.seek(place)
             opened.write(b"x")
-        prints.add(ours.fingerprint(tmp_path))
+        prints.add(weights.fingerprint(tmp_path))
     assert len(prints) == 6
 
 

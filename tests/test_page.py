@@ -20,8 +20,8 @@ from extras.connections import connected
 from extras.explain import Said, read_again, who_said
 from extras.mapped import Mapped
 from extras.page import column, opened, page, stops
-from model import load
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 from vocab_map import VocabMap
 
 PROMPT = [1, 20, 30, 40]

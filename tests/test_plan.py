@@ -12,8 +12,9 @@ from experiments.bench_sides import random_llama, weight_bytes
 from extras import benchmarks, int8
 from extras.int8 import Int8Llama, rounded
 from ivl import chunk_rows, generate
-from model import Config, Llama, save
+from model import Config, Llama
 from plumbing.files import InputError
+from plumbing.weights import save
 from train import forward
 
 SHAPES = {

@@ -9,6 +9,7 @@ import torch
 from conftest import assert_refused, in_a_process, make_directory
 
 import sample
+from plumbing.streaming import GrowingReply
 from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
 
@@ -182,7 +183,7 @@ def said(text: str, *stops: str) -> list[str]:
         def decode(self, ids):
             return "".join(map(chr, ids))
 
-    reply = sample.GrowingReply(Characters(), stops)
+    reply = GrowingReply(Characters(), stops)
     pieces = []
     for character in text:
         pieces.append(reply.step(ord(character)))
@@ -211,11 +212,11 @@ def test_the_first_of_several_stop_texts_ends_a_reply():
         def decode(self, ids):
             return "".join("a" if i else "\ufffd" for i in ids)
 
-    reply = sample.GrowingReply(Halves(), ["\ufffd"])
+    reply = GrowingReply(Halves(), ["\ufffd"])
     assert reply.step(1) == "a" and reply.step(0) == "" and reply.rest() == ""
     assert reply.text == "a" and reply.ended
 
-    reply = sample.GrowingReply(Words(), ["one", "two"])
+    reply = GrowingReply(Words(), ["one", "two"])
     assert reply.step("a two, one") == "a " and reply.ended and reply.rest() == ""
     assert reply.text == "a "
 

@@ -23,10 +23,12 @@ import ivl
 import train as trainer
 from extras import sharding
 from extras.mapped import Mapped
-from model import Config, Llama, hf_views, load, save
+from model import Config, Llama, hf_views
+from plumbing import runs
 from plumbing.dataset import Chats
 from plumbing.files import torchrun as torchrun_started
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load, save
 from vocab_map import VocabMap
 
 TRAINING = [
@@ -509,7 +511,7 @@ def train_and_die() -> None:
     """Rank 0 is killed in the middle of writing the second checkpoint."""
     saves, tensors = [], []
 
-    def save(checkpoint, step, real=trainer.Checkpoint.save):
+    def save(checkpoint, step, real=runs.Checkpoint.save):
         saves.append(step)
         real(checkpoint, step)
 
@@ -519,14 +521,14 @@ def train_and_die() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, tensor)
 
-    trainer.Checkpoint.save, sharding.Ranks.whole = save, whole
+    runs.Checkpoint.save, sharding.Ranks.whole = save, whole
     trainer.command(trainer.main)
 
 
 def train_and_rewrite() -> None:
     """The checkpoint from which it goes on is written again, before the first step."""
 
-    def load(checkpoint, real=trainer.Checkpoint.load):
+    def load(checkpoint, real=runs.Checkpoint.load):
         step = real(checkpoint)
         path = checkpoint.path
         checkpoint.path = path.with_name("again.safetensors")
@@ -534,7 +536,7 @@ def train_and_rewrite() -> None:
         checkpoint.path = path
         return step
 
-    trainer.Checkpoint.load = load
+    runs.Checkpoint.load = load
     trainer.command(trainer.main)
 
 

@@ -12,8 +12,9 @@ import sample
 from extras import speculative
 from extras.int8 import Int8Llama
 from extras.speculative import Drafts
-from model import Config, Llama, Reader, column_major, load
+from model import Config, Llama, Reader, column_major
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10], [2, 2]]
 

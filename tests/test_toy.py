@@ -11,10 +11,10 @@ from conftest import ROOT
 
 import sample
 from experiments import toy
-from model import load
 from plumbing.chats import read_chats
 from plumbing.files import InputError
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

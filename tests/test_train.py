@@ -17,11 +17,13 @@ import ivl
 import train as trainer
 from extras import losses as losses_module
 from extras.connections import Connected, Probe
-from model import Config, Llama, load
+from model import Config, Llama
+from plumbing import ranks, runs
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
 from plumbing.files import InputError
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 FAST = dict(
     lr=1e-2,
@@ -113,13 +115,13 @@ def test_the_norm_over_all_counts_every_position_of_the_whole_batch(
 def test_resume_equals_never_having_stopped(setup, tmp_path, monkeypatch):
     straight, losses = setup("straight")
 
-    def crash(checkpoint, step, real=trainer.Checkpoint.save):
+    def crash(checkpoint, step, real=runs.Checkpoint.save):
         real(checkpoint, step)
         if step == 9:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Checkpoint, "save", crash)
+        patch.setattr(runs.Checkpoint, "save", crash)
         with pytest.raises(KeyboardInterrupt):
             setup("stopped", save_every=3)
     with open(
@@ -140,7 +142,7 @@ def test_resume_of_another_run_is_refused(value_dir, tmp_path):
 
     def checkpoint(steps=9, **changes):
         run = {"lr": 0.01, "chats": "a hash", "base": ["another"], "teacher": None} | changes
-        return trainer.Checkpoint(tmp_path, value, optimizer, run, steps)
+        return runs.Checkpoint(tmp_path, value, optimizer, run, steps)
 
     with pytest.raises(InputError, match="no checkpoint to resume"):
         checkpoint().load()
@@ -156,7 +158,7 @@ def test_resume_of_another_run_is_refused(value_dir, tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             checkpoint(**changes).load()
-    shutil.copy(value_dir / "model.safetensors", tmp_path / trainer.CHECKPOINT)
+    shutil.copy(value_dir / "model.safetensors", tmp_path / runs.CHECKPOINT)
     with pytest.raises(InputError, match="no checkpoint of this train.py"):
         checkpoint().load()
 
@@ -194,13 +196,13 @@ def test_a_resumed_curriculum_goes_on_with_the_right_base(setup, base_dir, tmp_p
     loads = [lambda: load(base_dir), lambda: zero]
     _, losses = setup("straight", bases=loads)
 
-    def crash(checkpoint, step, real=trainer.Checkpoint.save):
+    def crash(checkpoint, step, real=runs.Checkpoint.save):
         real(checkpoint, step)
         if step == 9:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Checkpoint, "save", crash)
+        patch.setattr(runs.Checkpoint, "save", crash)
         with pytest.raises(KeyboardInterrupt):
             setup("stopped", save_every=9, bases=loads)
     assert setup("stopped", resume=True, bases=loads)[1] == losses
@@ -506,7 +508,7 @@ def test_a_curriculum_of_the_command_line_frees_its_bases_too(
 ):
     bases = []
 
-    def loading(*asked, real=trainer.load):
+    def loading(*asked, real=ranks.load):
         gc.collect()
         model = real(*asked)
         if model.config.hidden_size == 32:  # not the value model
@@ -514,7 +516,7 @@ def test_a_curriculum_of_the_command_line_frees_its_bases_too(
             bases.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(trainer, "load", loading)
+    monkeypatch.setattr(ranks, "load", loading)
     models = ["--base", base_dir, base_dir, base_dir, "--value", value_dir, "--data", chats_file]
     result = run("train.py", *models, "--epochs", 1, "--batch_size", 8, "--out", tmp_path / "out")
     assert result.returncode == 0 and len(bases) == 3, result.stderr

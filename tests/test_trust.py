@@ -15,14 +15,13 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused
 
-import model as llama
 import train as trainer
-from model import load
-from plumbing import dataset, files
+from plumbing import dataset, files, ranks, runs, weights
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
 from plumbing.files import InputError, pick_dtype
 from plumbing.tokenizer import TEMPLATES, Tokenizer
+from plumbing.weights import load
 
 
 def change(path: Path, **fields) -> None:
@@ -45,7 +44,7 @@ def test_a_new_model_leaves_nothing_of_an_older_one(train, models, tmp_path, mon
     """An older sharded model, and its template, would be read first."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(llama, "SHARD_BYTES", 20_000)
+        patch.setattr(weights, "SHARD_BYTES", 20_000)
         assert train(lr=1e-2).returncode == 0
     assert (out / "model.safetensors.index.json").exists()
     (out / "chat_template.jinja").write_text("{{ 'an older one' }}")
@@ -67,13 +66,13 @@ def test_what_goes_wrong_while_saving_leaves_the_old_model(train, tmp_path, monk
     def fail(*_):
         raise InputError("the disk is full")
 
-    module = llama if broken == "save_tensors" else trainer
+    module = weights if broken == "save_tensors" else runs
     monkeypatch.setattr(module, broken, fail)
     if broken == "write_text":  # the log is written with it too
-        monkeypatch.setattr(trainer.Log, "keep", lambda *_: None)
+        monkeypatch.setattr(runs.Log, "keep", lambda *_: None)
     assert_refused(train(lr=1e-2), "the disk is full")
     after = {file.name: file.read_bytes() for file in out.iterdir() if file.name != "log.jsonl"}
-    checkpoint = after.pop(trainer.CHECKPOINT)
+    checkpoint = after.pop(runs.CHECKPOINT)
     assert checkpoint and after == before
 
 
@@ -85,20 +84,20 @@ def test_the_checkpoint_stays_until_the_model_stands(train, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "describe", killed)
+        patch.setattr(runs, "describe", killed)
         stopped = train()
     assert stopped.returncode == 130 and "--resume" in stopped.stderr
     assert train(resume=True).returncode == 0
     for name in ("model.safetensors", "log.jsonl"):
         theirs, ours = (tmp_path / folder / name for folder in ("straight", "out"))
         assert theirs.read_bytes() == ours.read_bytes()
-    assert not (tmp_path / "out" / trainer.CHECKPOINT).exists()
+    assert not (tmp_path / "out" / runs.CHECKPOINT).exists()
 
 
 def test_a_run_that_was_stopped_is_not_overwritten(train, tmp_path):
     assert train().returncode == 0
-    (tmp_path / "out" / trainer.CHECKPOINT).write_bytes(b"")
-    assert_refused(train(), trainer.CHECKPOINT, "--resume")
+    (tmp_path / "out" / runs.CHECKPOINT).write_bytes(b"")
+    assert_refused(train(), runs.CHECKPOINT, "--resume")
 
 
 # ---------------------------------------------------------------- where it is written
@@ -191,7 +190,7 @@ def test_a_loss_that_is_no_number_stops_the_run(train, tmp_path, monkeypatch):
     result = train(batch_size=4, save_every=1)
     assert_refused(result, "loss = nan", "chats [", "checkpoint.safetensors holds step")
     names = set(os.listdir(tmp_path / "out"))
-    assert names == {"log.jsonl", trainer.CHECKPOINT}
+    assert names == {"log.jsonl", runs.CHECKPOINT}
     calls[:] = [None] * 10
     assert train(batch_size=4, save_every=1, resume=True).returncode == 0
 
@@ -229,10 +228,10 @@ def test_weights_that_are_no_numbers_are_named(run, train, models, number):
 
 
 def test_a_checkpoint_that_is_no_numbers_is_refused(train, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "describe", interrupted)
+    monkeypatch.setattr(runs, "describe", interrupted)
     assert train().returncode == 130
-    put(tmp_path / "out" / trainer.CHECKPOINT, "value.norm.weight", float("nan"))
-    assert_refused(train(resume=True), trainer.CHECKPOINT, "not finite")
+    put(tmp_path / "out" / runs.CHECKPOINT, "value.norm.weight", float("nan"))
+    assert_refused(train(resume=True), runs.CHECKPOINT, "not finite")
 
 
 def interrupted(*_):
@@ -259,7 +258,7 @@ def test_resume_wants_the_same_run(
     train, models, chats_file, tmp_path, monkeypatch, changes, words
 ):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "describe", interrupted)
+        patch.setattr(runs, "describe", interrupted)
         assert train().returncode == 130
     # as many chats, as many tokens
     other = tmp_path / "other.json"
@@ -274,9 +273,9 @@ def test_resume_wants_the_same_run(
 
 def test_a_checkpoint_of_other_shapes_is_refused(train, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "describe", interrupted)
+        patch.setattr(runs, "describe", interrupted)
         assert train().returncode == 130
-    path = tmp_path / "out" / trainer.CHECKPOINT
+    path = tmp_path / "out" / runs.CHECKPOINT
     whole = path.read_bytes()
     file = files.open_tensors(path)
     tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -294,9 +293,9 @@ def test_a_checkpoint_of_other_shapes_is_refused(train, tmp_path, monkeypatch):
     for step in ("0", "-1", "1000", "1e3", "٣", ""):
         path.write_bytes(whole)
         note["step"] = step
-        assert_refused(resumed(), trainer.CHECKPOINT, "holds step")
+        assert_refused(resumed(), runs.CHECKPOINT, "holds step")
     note["step"], note["run"] = "1", "{oops"
-    assert_refused(resumed(), trainer.CHECKPOINT, "not valid JSON")
+    assert_refused(resumed(), runs.CHECKPOINT, "not valid JSON")
 
 
 def test_a_log_of_somebody_else_is_left_alone(train, tmp_path):
@@ -538,11 +537,11 @@ def test_more_tokens_than_the_context_are_refused(train):
 def test_an_evaluation_of_the_base_alone_loads_it_once(train, monkeypatch):
     loads = []
 
-    def loading(directory, *arguments, real=trainer.load):
+    def loading(directory, *arguments, real=ranks.load):
         loads.append(Path(directory).name)
         return real(directory, *arguments)
 
-    monkeypatch.setattr(trainer, "load", loading)
+    monkeypatch.setattr(ranks, "load", loading)
     result = train(value=None, out=None, epochs=None, evaluate=True)
     assert result.returncode == 0 and loads == ["base"], result.stderr
 
@@ -629,11 +628,11 @@ def test_a_wish_to_stop_is_heard_once_and_where_nobody_listens(monkeypatch):
         flush = write
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    with trainer.Stop() as stop:
+    with runs.Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked
-        monkeypatch.setattr(trainer, "TWICE", 0.0)
+        monkeypatch.setattr(runs, "TWICE", 0.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(5)
@@ -642,7 +641,7 @@ def test_a_wish_to_stop_is_heard_once_and_where_nobody_listens(monkeypatch):
 def test_saving_does_not_mind_what_a_process_of_the_same_number_has_left(train, tmp_path):
     """In a container a script has the same number each time."""
     assert train().returncode == 0
-    llama.temporary_for(tmp_path / "out" / "model").mkdir()
+    weights.temporary_for(tmp_path / "out" / "model").mkdir()
     assert train().returncode == 0
 
 
@@ -681,7 +680,7 @@ def test_a_model_that_reads_a_base_is_no_base(run, train, models, tmp_path):
 
 
 def test_looking_at_chats_loads_no_model(train, monkeypatch):
-    monkeypatch.setattr(trainer, "load", lambda *_: pytest.fail("a model is loaded"))
+    monkeypatch.setattr(ranks, "load", lambda *_: pytest.fail("a model is loaded"))
     assert train(out=None, epochs=None, show=1).returncode == 0
     assert_refused(train(data="absent.json"), "absent.json")  # told before models are loaded
     assert_refused(train(out=None, epochs=None, show=1, compile=True), "--show and --compile")

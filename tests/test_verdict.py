@@ -14,11 +14,12 @@ from conftest import ROOT, assert_refused, make_directory
 import train as trainer
 from extras import losses, rehearse
 from extras.rehearse import padded_tokens
-from model import load
+from plumbing import ranks, runs
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
 from plumbing.files import InputError, open_tensors, save_tensors
 from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 
 
 def log_of(out, key: str) -> list:
@@ -96,7 +97,7 @@ def test_the_loss_of_held_out_pairs_is_a_mean_over_pairs(base_dir, value_dir, ch
         inputs, targets, _ = pairs.batch([row])
         z_base, z_delta = base(inputs).detach(), value(inputs).detach()
         each.append(losses.pairwise(z_base, z_delta, targets, 0.5).item())
-    how = ([0, 3, 7], 2, trainer.FULL_PRECISION, trainer.ONE_DEVICE)
+    how = ([0, 3, 7], 2, trainer.FULL_PRECISION, ranks.ONE_DEVICE)
     mean = losses.held_out_pairs(0.5, base, value, pairs, *how)
     assert mean == pytest.approx(sum(each) / 3, rel=1e-5)
     assert losses.held_out_pairs(0.5, base, None, pairs, *how) == math.log(2)
@@ -153,17 +154,17 @@ def test_the_best_weights_are_kept(train, models, chats_file, tmp_path, monkeypa
     assert result.returncode == 0, result.stderr
     assert "kept the weights after step 2 of 4" in result.stdout
     assert "4.000 by the base alone, 2.000 with the value model" in result.stdout
-    assert not (tmp_path / "out" / trainer.BEST).exists()
+    assert not (tmp_path / "out" / runs.BEST).exists()
 
     # the same run, stopped after its second epoch, by hand
     monkeypatch.setattr(trainer, "held_out_loss", real)
     kept = []
 
-    def save(checkpoint, step, real=trainer.Checkpoint.save):
+    def save(checkpoint, step, real=runs.Checkpoint.save):
         if step == 2:
             kept.append([p.detach().clone() for p in checkpoint.value.parameters()])
 
-    monkeypatch.setattr(trainer.Checkpoint, "save", save)
+    monkeypatch.setattr(runs.Checkpoint, "save", save)
     train(lr=1e-2, epochs=4, out=tmp_path / "again")
     best = load(tmp_path / "out").parameters()
     last = load(tmp_path / "again").parameters()
@@ -182,16 +183,16 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "held_out_loss", measuring(0))
     assert train(lr=1e-2, epochs=3, keep="best").returncode == 0
 
-    def crash(checkpoint, step, real=trainer.Checkpoint.save):
+    def crash(checkpoint, step, real=runs.Checkpoint.save):
         real(checkpoint, step)
         if step == 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(trainer, "held_out_loss", measuring(0))
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Checkpoint, "save", crash)
+        patch.setattr(runs.Checkpoint, "save", crash)
         assert train(lr=1e-2, epochs=3, keep="best", out=tmp_path / "b").returncode == 130
-    best = tmp_path / "b" / trainer.BEST
+    best = tmp_path / "b" / runs.BEST
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "held_out_loss", measuring(3))
         content = best.read_bytes()
@@ -221,22 +222,22 @@ def test_the_best_weights_survive_a_stop(train, tmp_path, monkeypatch):
 
 def test_a_kill_between_the_last_removals_leaves_a_finished_model(train, tmp_path, monkeypatch):
     def unlink(path, *args, real=Path.unlink, **options):
-        if path.name == trainer.BEST and (tmp_path / "out" / "config.json").exists():
+        if path.name == runs.BEST and (tmp_path / "out" / "config.json").exists():
             raise KeyboardInterrupt
         real(path, *args, **options)
 
     monkeypatch.setattr(Path, "unlink", unlink)
     assert train(keep="best").returncode == 130
     monkeypatch.undo()
-    assert not (tmp_path / "out" / trainer.CHECKPOINT).exists()
+    assert not (tmp_path / "out" / runs.CHECKPOINT).exists()
     assert train(keep="best").returncode == 0
-    assert not (tmp_path / "out" / trainer.BEST).exists()
+    assert not (tmp_path / "out" / runs.BEST).exists()
 
 
 def test_a_new_run_forgets_an_older_ones_best(train, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.jsonl").touch()
-    best = tmp_path / "out" / trainer.BEST
+    best = tmp_path / "out" / runs.BEST
     best.write_text("what a run has left that was killed")
     seen = []
 
@@ -245,7 +246,7 @@ def test_a_new_run_forgets_an_older_ones_best(train, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer.Log, "note", stop)
+        patch.setattr(runs.Log, "note", stop)
         assert train().returncode == 130
     assert seen == [False]
 

@@ -14,9 +14,10 @@ import sample
 import vocab_map
 from extras import mapped
 from extras.mapped import FLOOR, Bridge, Mapped
-from model import load
 from plumbing.files import InputError, open_tensors, read_texts, save_tensors
-from plumbing.tokenizer import TextStream, Tokenizer
+from plumbing.streaming import TextStream
+from plumbing.tokenizer import Tokenizer
+from plumbing.weights import load
 from vocab_map import Spelling, VocabMap
 
 TEXTS = TEXT.split(". ")
