@@ -7,7 +7,7 @@
     python sample.py --html page.html "question"            # the same as a page with a slider for α
     python sample.py --base DIR --value DIR --prompts questions.jsonl --out replies.jsonl
     python sample.py --base DIR --value none "question"     # the base alone
-    python sample.py --base DIR --value EXPERT --antiexpert DIR "question"     # proxy tuning
+    python sample.py --base DIR --value A B --alpha 1 0.5 "question"           # two value models
     python sample.py --base DIR --value DIR --map map.safetensors "question"   # another tokenizer
     python sample.py --base DIR --value DIR --draft SMALL "question"           # a draft: sooner
     torchrun --nproc_per_node 4 sample.py --base DIR ...    # a base for which one GPU is too small
@@ -93,9 +93,8 @@ class Speaker:
         base_tokenizer = Tokenizer(plain(args.base), args.template)
         base_tokenizer.check(Config.load(args.base).vocab_size)
         self.tokenizer = base_tokenizer
-        if args.value != "none":
-            self.tokenizer = Tokenizer(args.value, args.template)
-
+        if args.value:
+            self.tokenizer = Tokenizer(args.value[0], args.template)
         if not self.tokenizer.stop:
             aside("(no token of this vocabulary ends a reply; --stop TEXT does)")
 
@@ -108,8 +107,7 @@ class Speaker:
         self.vocabulary = len(self.tokenizer.tokens)
         self.differing: set[int] = set()  # of these ids, those that do not mean the same
         others = [] if self.mapping else [base_tokenizer]
-        if args.antiexpert:
-            others.append(Tokenizer(plain(args.antiexpert), args.template))
+        others += [Tokenizer(directory, args.template) for directory in args.value[1:]]
         for other in others:
             shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
             self.vocabulary = min(self.vocabulary, shared)
@@ -135,8 +133,14 @@ class Speaker:
         args = self.args
         dtype = pick_dtype(args.dtype, self.device)
         self.connection = "residual"
-        if args.value != "none":
-            self.connection = recorded_connection(args.value)
+        connections = {recorded_connection(directory) for directory in args.value}
+        if len(args.value) > 1 and connections != {"residual"}:
+            raise InputError(
+                "of several value models none may read what the base says; leave out those of the "
+                f"connection {max(connections - {'residual'})}"
+            )
+        if connections:
+            self.connection = connections.pop()
         if self.connection != "residual":
             self.refuse_beside_connection()
 
@@ -165,13 +169,13 @@ class Speaker:
         if self.connection == "probe":
             from extras.connections import Probe
 
-            probe = Probe.load(args.value, self.device, dtype)
+            probe = Probe.load(args.value[0], self.device, dtype)
             probe.check([args.base])
             self.values = [probe]
-        elif args.value != "none":
-            self.tokenizer.check(Config.load(args.value).vocab_size)
-            directories = [args.value] + [args.antiexpert] * (args.antiexpert is not None)
-            self.values = [load_model(directory, self.device, dtype) for directory in directories]
+        else:
+            for directory in args.value:
+                Tokenizer(directory, args.template).check(Config.load(directory).vocab_size)
+                self.values.append(load_model(directory, self.device, dtype))
         if args.draft:
             from extras.speculative import Drafts
 
@@ -186,13 +190,13 @@ class Speaker:
 
     def refuse_beside_connection(self) -> None:
         """Raises InputError for options that such a value model cannot have."""
-        names = given(self.args, "map", "antiexpert", "draft")
+        names = given(self.args, "map", "draft")
         options = [f"--{name}" for name in names]
         if torchrun():
             options = ["torchrun"]
         for option in options:
             raise InputError(
-                f"{self.args.value}: its connection is {self.connection}, it reads what "
+                f"{self.args.value[0]}: its connection is {self.connection}, it reads what "
                 f"the base says; leave out {option}"
             )
 
@@ -204,9 +208,6 @@ class Speaker:
         if self.device.type == "cpu":
             for model in models:
                 column_major(model)
-        if self.args.compile:
-            for model in models:
-                model.hidden = torch.compile(model.hidden, dynamic=True)
 
     def join_models(self) -> None:
         """Wraps what is no plain pair of Llamas, so that it reads like one."""
@@ -252,8 +253,8 @@ class Speaker:
 
     @property
     def alphas(self) -> list[float]:
-        """The strength of each value model: α, and of an antiexpert −α."""
-        return [self.args.alpha, -self.args.alpha][: len(self.values)]
+        """The strength of each value model."""
+        return self.args.alpha[: len(self.values)]
 
     # ------------------------------------------------------------ what a chat changes and asks
 
@@ -270,9 +271,12 @@ class Speaker:
         if not self.values:
             raise InputError("there is no value model here")
         try:
-            self.args.alpha = ALPHA(text)
+            alphas = [ALPHA(word) for word in text.split()]
         except argparse.ArgumentTypeError as error:
             raise InputError(f"/alpha {text}: {error}") from None
+        if len(alphas) != len(self.values):
+            raise InputError(f"/alpha {text}: needs a number for each of {len(self.values)} models")
+        self.args.alpha = alphas
         self.generate = self.decoder(self.base, self.values)
 
     def set_system(self, text: str) -> None:
@@ -434,10 +438,11 @@ class Speaker:
         z_base, *z_deltas = explain.read_again(
             self.base, self.values, prompt, reply, self.vocabulary, self.differing
         )
-        z_delta = z_deltas[0]
-        if len(z_deltas) > 1:
-            z_delta = z_delta - z_deltas[1]  # the antiexpert's
-        told = z_base, z_delta, self.tokenizer, reply, self.args.alpha
+        # several value models are shown as one, of strength 1
+        z_delta, (alpha, *more) = z_deltas[0], self.alphas
+        if more:
+            z_delta, alpha = sum(a * z for a, z in zip(self.alphas, z_deltas)), 1.0
+        told = z_base, z_delta, self.tokenizer, reply, alpha
         said = explain.who_said(*told)
         if sys.stdout.isatty():
             print(explain.coloured(said, shutil.get_terminal_size().columns))
@@ -448,8 +453,7 @@ class Speaker:
             return None
         from extras.page import column, title_of
 
-        directories = given(self.args, "base", "value", "antiexpert")
-        title = title_of([getattr(self.args, name) for name in directories], self.sizes)
+        title = title_of([self.args.base, *self.args.value], self.sizes, self.alphas)
         return column(title, said, *told)
 
 
@@ -470,7 +474,9 @@ def explain(speaker: Speaker, prompt: list[int]) -> None:
     if args.html:
         from extras.page import page
 
-        write_text(args.html, page(args.question, columns, args.alpha))
+        write_text(
+            args.html, page(args.question, columns, args.alpha[0] if len(args.alpha) == 1 else 1.0)
+        )
         aside(f"wrote {args.html}: open it in a browser")
 
 
@@ -576,7 +582,10 @@ class Chat:
     def tell(self) -> None:
         """What the next reply will depend on."""
         args = self.speaker.args
-        words = ["a chat goes on" if self.asked else "a new chat", f"α = {args.alpha:g}"]
+        words = [
+            "a chat goes on" if self.asked else "a new chat",
+            f"α = {', '.join(f'{alpha:g}' for alpha in args.alpha)}",
+        ]
         if args.system:
             words.append(f"system prompt: {visible(args.system)}")
         aside(", ".join(words))
@@ -681,13 +690,9 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--base", type=model_directory, help=f"Hugging Face directory of the base ({TOY}/large)")
     add(
         "--value",
-        type=directory_or_none,
-        help=f"Hugging Face directory of the value model, or none ({TOY}/value)",
-    )
-    add(
-        "--antiexpert",
-        type=model_directory,
-        help="proxy tuning, to compare with: what --value was before it was fine-tuned",
+        nargs="+",
+        metavar="DIR",
+        help=f"Hugging Face directory of the value model, of several, or none ({TOY}/value)",
     )
     add(
         "--draft",
@@ -713,7 +718,13 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--system", metavar="TEXT", help="the system prompt of every chat that has none itself")
     add("--raw", action="store_true", help="no chat template: go on with the text as it stands")
     add = parser.add_argument_group("how to choose tokens").add_argument
-    add("--alpha", type=ALPHA, help="strength of the value model (1.0: the paper)")
+    add(
+        "--alpha",
+        nargs="+",
+        metavar="X",
+        help="strength of the value model, or of each (1.0: the paper; an expert at 1 and what it "
+        "was before at -1 are proxy tuning)",
+    )
     add(
         "--temperature",
         type=number(0, 1e6),
@@ -753,18 +764,40 @@ def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="round the base, and the draft, to eight bits: a quarter of float32's memory, half of "
         "bfloat16's, for a little precision (default: they are in --dtype)",
     )
-    add("--compile", action="store_true", help="torch.compile: slow to start, then faster")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    take_question(args)
+    return args
 
 
-def directory_or_none(word: str) -> str:
-    return word if word == "none" else model_directory(word)
+def take_question(args: argparse.Namespace) -> None:
+    """--value and --alpha take several words, so a question behind them is taken for one of them.
+    Raises InputError for words that are none of theirs.
+    """
+
+    def fits(kind: Callable, word: str) -> bool:
+        with suppress(argparse.ArgumentTypeError):
+            kind(word)
+            return True
+        return False
+
+    for name, kind in (("alpha", ALPHA), ("value", model_directory)):
+        words = getattr(args, name)
+        if not words:
+            continue
+        if args.question is None and len(words) > 1 and not fits(kind, words[-1]):
+            args.question = words.pop()
+        if name == "value" and words == ["none"]:
+            words = []
+        try:
+            setattr(args, name, [kind(word) for word in words])
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"argument --{name}: {error}") from None
 
 
 def toy_by_default(args: argparse.Namespace) -> None:
     """Without --base, the models that train.py has made."""
     if args.base is None:
-        if args.value not in (None, "none"):
+        if args.value:
             raise InputError(
                 "--base is missing: the directory of the model that --value is to steer"
             )
@@ -773,7 +806,7 @@ def toy_by_default(args: argparse.Namespace) -> None:
                 f"{TOY} holds no models yet; run python train.py first, or give --base and --value"
             )
         args.base = TOY / "large"
-        args.value = args.value or TOY / "value"
+        args.value = [TOY / "value"] if args.value is None else args.value
     if args.value is None:
         raise InputError(
             "--value is missing: the directory of a value model, or none for the base alone"
@@ -787,10 +820,13 @@ def check(args: argparse.Namespace) -> None:
         for name in given(args, *names.split()):
             raise InputError(f"--{name} has no effect {why}; leave it out")
 
-    if args.value == "none":
-        if args.antiexpert:
-            raise InputError("--value is missing: the expert that --antiexpert is compared with")
+    if not args.value:
         refuse("map alpha draft", "on the base alone")
+    if args.alpha is not None and len(args.alpha) != len(args.value):
+        raise InputError(
+            f"--alpha has {len(args.alpha)} numbers and --value {len(args.value)} models; give one "
+            "for each"
+        )
     if args.draft is None:
         refuse("drafted", "without --draft")
     if args.map:
@@ -809,15 +845,13 @@ def check(args: argparse.Namespace) -> None:
                 f"--{name} has no effect where the likeliest token is always taken; give "
                 "--temperature 0.7 too, or leave it out"
             )
-    if args.explain and (args.question is None or args.value == "none"):
+    if args.explain and (args.question is None or not args.value):
         name = "explain" if args.html is None else "html"
         raise InputError(
             f"--{name} needs a question and a value model; leave out --prompts and --value none"
         )
     if args.html is None:
         refuse("compare", "without --html")
-    if args.base_dtype and args.compile:
-        raise InputError("--base_dtype and --compile do not go together; leave one out")
     if torchrun():
         refuse("draft", "under torchrun, where no process has all logits")
     if torchrun() and args.explain:
@@ -825,7 +859,7 @@ def check(args: argparse.Namespace) -> None:
     for name in given(args, "out", "html"):
         file = getattr(args, name)
         refuse_overwriting(name, file, [("prompts", args.prompts), ("map", args.map)])
-        models = args.base, args.value, args.antiexpert, args.draft, args.compare
+        models = args.base, *args.value, args.draft, args.compare
         refuse_part_of_model(name, file, *models)
         writable_file(file)
 
@@ -833,7 +867,7 @@ def check(args: argparse.Namespace) -> None:
 def fill_in(args: argparse.Namespace) -> None:
     """The defaults of what was not given."""
     defaults = {
-        "alpha": 1.0,
+        "alpha": [1.0] * len(args.value),
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
@@ -852,7 +886,7 @@ def main() -> None:
     args = arguments()
     spare_a_core(pick_device(args.device))
     if sys.stderr.isatty():
-        aside(f"loading {args.base}" + (f" and {args.value}" if args.value != "none" else ""))
+        aside(f"loading {' and '.join(map(str, [args.base, *args.value]))}")
     speaker = Speaker(args)
     if args.prompts:
         answer_file(speaker, args.prompts, args.out, args.batch_size)

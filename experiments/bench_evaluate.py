@@ -115,7 +115,7 @@ def main() -> None:
     add("--base", type=model_directory)
     add("--random", metavar="DIR", type=model_directory, help="instead: whose tokenizer")
     add("--pair", action="store_true", help="with --random: a value model, too")
-    add("--value", type=sample.directory_or_none, default="none")
+    add("--value", default="none")
     add("--data", required=True, help="local files, see extras/evaluate.py")
     add("--tasks", nargs="+", default=TASKS)
     add("--limit", type=whole(1, 10**6), default=50, help="questions of each task (50)")

@@ -75,7 +75,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--value",
         required=True,
-        type=sample.directory_or_none,
         help="of the value model, or none for the base alone",
     )
     add(

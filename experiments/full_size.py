@@ -472,7 +472,7 @@ def evaluate_command(base: str, system: str, columns: Sequence[str], seed: int, 
     else:
         how = ["--base", family / base, "--value", trained]
     if system == "proxy":
-        how += ["--antiexpert", family / TINY]
+        how += [family / TINY, "--alpha", 1, -1]
     if base == THREE and system.startswith("1.1B"):
         how += ["--map", map_file(out)]
 

@@ -22,7 +22,7 @@ Through a --map the answers are made of the value model's tokens. Their log-like
 the pair says of the text, so answers to one question can be compared; but their number of tokens
 is the value model's, and the base's probabilities are those that the map hands on.
 
-The options of sample.py that choose and place models hold here too: --base, --value, --antiexpert,
+The options of sample.py that choose and place models hold here too: --base, --value,
 --map, --alpha, --template, --device, ... The same command goes on where it was stopped. In OUT
 answers.jsonl has what the models said, results_TASK.json and samples_TASK.jsonl what the harness
 makes of it, row.json the scores by the paper's columns.
@@ -122,7 +122,7 @@ def arguments() -> tuple[argparse.Namespace, argparse.Namespace]:
         raise InputError("--draft: most benchmarks ask for no new tokens; leave it out")
     args = sample.arguments(rest)
     args.most = parsed.max_new_tokens
-    refuse_part_of_model("out", ours.out, args.base, args.value, args.antiexpert)
+    refuse_part_of_model("out", ours.out, args.base, *args.value)
     return ours, args
 
 
@@ -189,7 +189,7 @@ class Evaluation:
         self.out = Path(ours.out)
         self.data = Path(ours.data) if ours.data else None
         # were the models taught to answer? A value model was; a base alone if it has a template
-        alone = args.value == "none"
+        alone = not args.value
         self.chats = not alone or Tokenizer(args.base, args.template).has_template
         self.pair = pair_identity(args)
         self.files = fingerprint_of_files(self.data, self.out)
@@ -404,12 +404,11 @@ class Evaluation:
         if not ours:
             return
         args = self.args
-        rows = {"this model" if args.value == "none" else "this pair": ours}
+        rows = {"this pair" if args.value else "this model": ours}
         sizes = [parameters(args.base)]
-        if args.value != "none":
-            sizes.append(parameters(args.value))
+        sizes += [parameters(directory) for directory in args.value[:1]]
         if self.chats and None not in sizes:
-            found = beside(*sizes, proxy=args.antiexpert is not None)
+            found = beside(*sizes, proxy=len(args.value) > 1)
             rows |= {f"paper: {name}": row for name, row in found.items()}
 
         width = max(map(len, rows))
@@ -424,7 +423,7 @@ class Evaluation:
     def notes(self) -> Iterator[str]:
         """In what the row is not the paper's."""
         yield "prompts and metrics are the harness's, see extras/benchmarks.py"
-        changed = given(self.args, "map") + ["alpha"] * (self.args.alpha != 1)
+        changed = given(self.args, "map") + ["alpha"] * (self.args.alpha not in ([], [1], [1, -1]))
         if changed:
             yield "with " + ", ".join(f"--{name} {getattr(self.args, name)}" for name in changed)
         for name in PAPER:
@@ -454,8 +453,7 @@ def benchmark_of(name: str) -> Benchmark | None:
 
 
 def load_models(args: argparse.Namespace) -> Examinee:
-    names = [getattr(args, name) for name in given(args, "base", "value", "antiexpert")]
-    tell("loading " + " and ".join(str(name) for name in names if name != "none"))
+    tell("loading " + " and ".join(map(str, [args.base, *args.value])))
     if args.map:
         tell("(through the map: log-likelihoods are of the value model's tokens)")
     return Examinee(args, all_logits=True)
@@ -463,7 +461,7 @@ def load_models(args: argparse.Namespace) -> Examinee:
 
 def pair_identity(args: argparse.Namespace) -> dict[str, str]:
     """On what answers depend, besides the question."""
-    tokenizer = Tokenizer(args.base if args.value == "none" else args.value, args.template)
+    tokenizer = Tokenizer((args.value or [args.base])[0], args.template)
     identity = {
         "--alpha": str(args.alpha),
         "--dtype": str(pick_dtype(args.dtype, pick_device(args.device))),
@@ -471,11 +469,9 @@ def pair_identity(args: argparse.Namespace) -> dict[str, str]:
     }
     if args.base_dtype:
         identity["--base_dtype"] = args.base_dtype
-    for name in given(args, "base", "value", "antiexpert"):
-        directory = getattr(args, name)
-        if directory != "none":
-            source = hashlib.sha256(Tokenizer(directory).source.encode()).hexdigest()
-            identity[f"--{name}"] = fingerprint(directory) + source
+    for i, directory in enumerate([args.base, *args.value]):
+        source = hashlib.sha256(Tokenizer(directory).source.encode()).hexdigest()
+        identity[f"--value {i}" if i else "--base"] = fingerprint(directory) + source
     if args.map:
         identity["--map"] = hashlib.sha256(Path(args.map).read_bytes()).hexdigest()
     return identity

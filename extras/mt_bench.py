@@ -243,9 +243,11 @@ def temperature(question: dict) -> float:
 def settings_of(speaker: sample.Speaker) -> dict:
     """On what the replies depend, as it is noted beside them."""
     args = speaker.args
-    names = ("base", "value", "antiexpert", "map")
-    found = {name: getattr(args, name) for name in names}
-    found = {name: Path(x).resolve().name for name, x in found.items() if x not in (None, "none")}
+    names = ("base", "value", "map")
+    found = {"base": [args.base], "value": args.value, "map": [args.map] if args.map else []}
+    found = {
+        name: " ".join(Path(x).resolve().name for x in each) for name, each in found.items() if each
+    }
     others = ("template", "system", "alpha", "top_k", "top_p", "seed", "stop", "dtype")
     others += (*given(args, "base_dtype"),)
     return dict.fromkeys(names) | found | {name: getattr(args, name) for name in others}

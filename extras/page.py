@@ -140,19 +140,22 @@ def marked(text: str) -> str:
     return visible(text.translate(MARKS))
 
 
-def title_of(directories: Sequence[str | Path], sizes: Sequence[int]) -> tuple[str, str]:
+def title_of(
+    directories: Sequence[str | Path], sizes: Sequence[int], alphas: Sequence[float]
+) -> tuple[str, str]:
     """A column's title: the base's name, and what is said beside it in smaller letters.
 
-    directories, sizes (numbers of parameters): of base, value model and perhaps antiexpert.
+    directories, sizes (numbers of parameters): of the base and of each value model. alphas: the
+    strengths of these.
 
     Example:
-    >>> title_of(["toy/large", "toy/value"], [750592, 174464])
+    >>> title_of(["toy/large", "toy/value"], [750592, 174464], [1.0])
     ('large', '750,592 parameters + value model “value”, 174,464')
     """
-    base, value, *antiexpert = [Path(directory).resolve().name for directory in directories]
-    about = f"{sizes[0]:,} parameters + value model “{value}”, {sizes[1]:,}"
-    if antiexpert:
-        about += f" − antiexpert “{antiexpert[0]}”, {sizes[2]:,}"
+    base, *values = [Path(directory).resolve().name for directory in directories]
+    about = f"{sizes[0]:,} parameters"
+    for name, size, alpha in zip(values, sizes[1:], alphas):
+        about += f" {'−' if alpha < 0 else '+'} value model “{name}”, {size:,}"
     return base, about
 
 

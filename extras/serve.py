@@ -96,8 +96,8 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], speaker: sample.Speaker):
         super().__init__(address, Handler)
-        models = [speaker.args.base, speaker.args.value]
-        self.name = "+".join(Path(model).resolve().name for model in models if model != "none")
+        models = [speaker.args.base, *speaker.args.value]
+        self.name = "+".join(Path(model).resolve().name for model in models)
         self.speaker = speaker
         self.turn = threading.Lock()
 

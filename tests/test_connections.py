@@ -293,20 +293,17 @@ def test_train_then_evaluate_then_sample(
         )
     else:
         assert_refused(
-            run(
-                "sample.py", "--base", base_dir, "--value", out, "--antiexpert", value_dir, "hello"
-            ),
+            run("sample.py", "--base", base_dir, "--value", out, value_dir, "hello"),
             "cascade+",
         )
 
 
-@pytest.mark.parametrize("option", ["--map", "--antiexpert", "--draft"])
+@pytest.mark.parametrize("option", ["--map", "--draft"])
 def test_what_waits_for_the_base_cannot_do_without_it(run, base_dir, value_dir, tmp_path, option):
     shutil.copytree(value_dir, tmp_path / "value")
     connections.record_connection(tmp_path / "value", "cascade")
     given = {
         "--map": tmp_path / "map.safetensors",
-        "--antiexpert": value_dir,
         "--draft": base_dir,
     }[option]
     if option == "--map":

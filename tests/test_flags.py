@@ -245,7 +245,6 @@ SAMPLE = {
     "question": ["Who is the cat?"],
     "base": ["--base", "OTHER"],
     "value": ["--value", "none"],
-    "antiexpert": ["--antiexpert", "BASE"],
     "draft": ["--draft", "BASE"],
     "map": ["--map", "OUT"],
     "template": ["--template", "llama-2"],
@@ -268,7 +267,6 @@ SAMPLE = {
     "drafted": ["--drafted", "3"],
     "dtype": ["--dtype", "bfloat16"],
     "base_dtype": ["--base_dtype", "int8"],
-    "compile": ["--compile"],
 }
 
 
@@ -300,7 +298,6 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
         yield [2] * len(prompts)
 
     monkeypatch.setattr(sample, "generate", generate)
-    monkeypatch.setattr(torch, "compile", lambda hidden, **_: hidden)
     monkeypatch.setattr(sample, "column_major", lambda model: model)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
 

@@ -148,7 +148,7 @@ def test_commands_in_full():
     )
     assert line_to("o/scores/seed0/proxy/llama-2-7b") == (
         "python -m extras.evaluate --base o/family/llama-2-7b "
-        "--value o/seed0/tinyllama-1.1b-full --antiexpert o/family/tinyllama-1.1b "
+        "--value o/seed0/tinyllama-1.1b-full o/family/tinyllama-1.1b --alpha 1 -1 "
         "--data o/family/benchmarks --out o/scores/seed0/proxy/llama-2-7b "
         "--tasks mt-bench arc_challenge hellaswag mmlu truthfulqa_mc2 winogrande"
     )
@@ -177,7 +177,7 @@ def test_every_row_is_asked_once_for_each_seed():
     maps = {line[line.index("--value") + 1] for line in only(lines, "--map")}
     values = ("1.1B", "1.1B-norm", "1.1B-curriculum")
     assert maps == {f"o/seed{seed}/{value}" for seed in (0, 1) for value in values}
-    assert len(only(lines, "--antiexpert")) == 2
+    assert len(only(lines, "--alpha")) == 2
 
 
 def test_what_is_too_large_for_a_gpu_has_several_or_comes_last():
@@ -212,9 +212,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     """The command line of extras/evaluate.py."""
     parser = Parser()
     parser.add_argument("--base", required=True)
-    parser.add_argument("--value", required=True)
+    parser.add_argument("--value", nargs="+", required=True)
+    parser.add_argument("--alpha", nargs="+", type=float)
     parser.add_argument("--map")
-    parser.add_argument("--antiexpert")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--suite", choices=["paper"])
     what.add_argument("--tasks", nargs="+", choices=full_size.TASKS.values())
@@ -247,7 +247,7 @@ def parser_of(script) -> argparse.ArgumentParser:
 
 def test_evaluate_accepts_its_commands(monkeypatch, base_dir, value_dir, tmp_path):
     evaluate = pytest.importorskip("extras.evaluate")
-    models = {"--base": base_dir, "--value": value_dir, "--antiexpert": value_dir}
+    models = {"--base": base_dir, "--value": value_dir}
     added = ["mbpp", "humaneval", "toxigen_generation", "--run_code"]
     added += ["--toxigen_judge", str(base_dir), "--judge_url", "http://j", "--judge_model", "m"]
     (tmp_path / "family" / "benchmarks").mkdir(parents=True)
@@ -255,8 +255,10 @@ def test_evaluate_accepts_its_commands(monkeypatch, base_dir, value_dir, tmp_pat
         words = line[line.index("extras.evaluate") :]
         for option in models.keys() & set(words):
             at = words.index(option) + 1
-            if words[at] != "none":
-                words[at] = str(models[option])
+            while not words[at].startswith("--"):
+                if words[at] != "none":
+                    words[at] = str(models[option])
+                at += 1
         monkeypatch.setattr(sys, "argv", words + added * ("ifeval" in words))
         evaluate.arguments()
 
@@ -280,8 +282,8 @@ def test_the_programs_accept_their_commands(name, tmp_path):
             train.check(args)
             Path(args.out).mkdir(parents=True)  # models that are made are there later
         if program == "extras.evaluate":
-            models = [args.base, args.value, args.antiexpert]
-            assert all(Path(model).is_dir() for model in models if model not in (None, "none"))
+            models = [args.base, *args.value]
+            assert all(Path(model).is_dir() for model in models if model != "none")
 
 
 # ---------------------------------------------------------------- the script runs

@@ -215,7 +215,9 @@ def test_a_limit_takes_the_first_ones_and_more_can_follow(answer):
 def test_answers_of_other_settings_are_not_mixed(answer, base_dir, value_dir):
     answer()
     weak = speaker_of(base_dir, value_dir, "--alpha", 0.5)
-    with pytest.raises(InputError, match=r"line 1: was answered with alpha = 1.0, now it is 0.5"):
+    with pytest.raises(
+        InputError, match=r"line 1: was answered with alpha = \[1.0\], now it is \[0.5\]"
+    ):
         answer(speaker=weak)
     with pytest.raises(InputError, match="max_new_tokens = 12, now it is 13"):
         answer(max_new_tokens=13)

@@ -381,3 +381,40 @@ def test_decoding_does_not_plan_attention_anew_for_each_length(base_dir):
     torch.backends.cuda.enable_cudnn_sdp(True)
     sample.Speaker(sample.arguments(["--base", str(base_dir), "--value", "none"]))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_several_value_models_and_the_question_behind_them(run, base_dir, value_dir, tmp_path):
+    """Proxy tuning is an expert at 1 and what it was before at -1; the same twice is none."""
+    other = make_directory(tmp_path / "other", seed=5)
+
+    def ask(*words):
+        return run("sample.py", "--base", base_dir, "--max_new_tokens", 12, *words)
+
+    def said(*words):
+        result = ask(*words)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    alone = said("--value", "none", "hello you")
+    one = said("--value", value_dir, "hello you")
+    assert said("--value", value_dir, other, "--alpha", 1, 0, "hello you") == one != alone
+    assert said("hello you", "--alpha", 1, 0, "--value", value_dir, other) == one
+    assert said("--alpha", 1, -1, "--value", value_dir, value_dir, "hello you") == alone
+    both = said("--value", value_dir, other, "hello you")
+    assert both == said("--value", other, value_dir, "hello you") not in (one, alone)
+    chat = run(
+        "sample.py", "--base", base_dir, "--max_new_tokens", 12, "--value", value_dir, other,
+        stdin="hello you\n/alpha 1 0\n/alpha 1\n/value\n",
+    )  # fmt: skip
+    assert chat.stdout == both + one
+    assert (
+        "needs a number for each of 2 models" in chat.stderr and "cannot speak alone" in chat.stderr
+    )
+    assert_refused(
+        ask("--value", value_dir, other, "--alpha", 1, "--", "q"), "--alpha has 1 numbers"
+    )
+    assert_refused(ask("--value", tmp_path / "x", "hello"), "--value", "is no directory")
+    assert_refused(ask("--value", value_dir, tmp_path / "x", "--alpha", 1, 1, "q"), "no directory")
+    assert_refused(ask("--value", value_dir, "--alpha", "much", "hello"), "--alpha", "not a number")
+    explained = ask("--value", value_dir, other, "--explain", "hello you")
+    assert explained.returncode == 0 and "changed by the value model" in explained.stderr

@@ -206,7 +206,7 @@ def test_the_command_line(run, monkeypatch, base_dir, value_dir):
     with pytest.raises(Stop):
         serve.main()
     ((host, _), args) = opened[0]
-    assert host == "127.0.0.1" and args.alpha == 0.5  # this machine only, unless told
+    assert host == "127.0.0.1" and args.alpha == [0.5]  # this machine only, unless told
     assert isinstance(args, argparse.Namespace) and json.dumps(args.temperature) == "0.0"
     for words in (["hello"], ["--html", "x"], ["--prompts", "x"], ["--port", "70000"]):
         name = "question" if words == ["hello"] else words[0].lstrip("-")

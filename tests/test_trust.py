@@ -675,8 +675,8 @@ def test_a_model_that_reads_a_base_is_no_base(run, train, models, tmp_path):
     assert_refused(train(value=None, teacher=models["value"]), "beside a base")
     alone = ["--base", models["value"], "--value", "none", "hello"]
     assert_refused(run("sample.py", *alone), "beside a base")
-    proxy = ["--base", models["base"], "--value", models["base"], "--antiexpert", models["value"]]
-    assert_refused(run("sample.py", *proxy, "hello"), "beside a base")
+    proxy = ["--base", models["base"], "--value", models["base"], models["value"]]
+    assert_refused(run("sample.py", *proxy, "hello"), "of several value models", "cascade")
 
 
 def test_looking_at_chats_loads_no_model(train, monkeypatch):
