@@ -15,13 +15,12 @@ The losses of all steps are in OUT/log.jsonl, and in OUT/curve.png where matplot
 
 import argparse
 import math
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -29,10 +28,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ivl import shared_vocabulary, two_headed_loss
+from ivl import two_headed_loss
 from model import CONNECTIONS, Config, Llama
-from plumbing.chats import Reading, read_chats
-from plumbing.dataset import Batch, Batches, Chats, tokenize
+from plumbing.dataset import Batch, Batches, Chats
 from plumbing.files import (
     SEED,
     InputError,
@@ -42,12 +40,11 @@ from plumbing.files import (
     model_directory,
     number,
     own_folder,
-    pick_device,
-    pick_dtype,
     refuse_overwriting,
     torchrun,
     whole,
 )
+from plumbing.jobs import Job
 from plumbing.ranks import ONE_DEVICE, OneDevice
 from plumbing.runs import (
     CHECKPOINT,
@@ -56,21 +53,19 @@ from plumbing.runs import (
     Log,
     Stop,
     check_finite,
-    date_of,
+    draw_curve,
+    judge,
     made_with,
     note_on,
     read_log,
+    refuse_stopped,
+    resuming,
     save_model,
     tell,
+    unit_of,
     warn,
 )
-from plumbing.tokenizer import TEMPLATES, Tokenizer
-from plumbing.weights import (
-    fingerprint,
-    frozen_network,
-    plain,
-    recorded_connection,
-)
+from plumbing.tokenizer import TEMPLATES
 
 BILLION = 10**9
 COUNT = whole(1, 10**9)
@@ -99,22 +94,22 @@ class Settings:
     seed: int = 0
 
 
-def paper_settings(model: Llama, configs: Sequence[Config]) -> dict:
+def table_5(model: Llama, configs: Sequence[Config]) -> Settings:
     """Table 5's values for a model of this size, and ours where it has none.
 
     configs: of the models that it is trained beside; none where it is fine-tuned by itself.
     """
     big = model.size() > 3 * BILLION  # Table 5 knows 1.1B and 7B; this border is ours
     contexts = [config.max_position_embeddings for config in (model.config, *configs)]
-    return {
-        "lr": 1e-5 if big else 1e-4,
-        "batch_size": 16 if big else 32,
-        "micro_batch_size": 4,
-        "epochs": 3,
-        "max_length": min(4096, *contexts),
-        "lam": 1.0 if configs else 0.0,
-        "norm_over": "response",
-    }
+    return Settings(
+        lr=1e-5 if big else 1e-4,
+        batch_size=16 if big else 32,
+        micro_batch_size=4,
+        epochs=3,
+        max_length=min(4096, *contexts),
+        lam=1.0 if configs else 0.0,
+        norm_over="response",
+    )
 
 
 # ---------------------------------------------------------------- what a run is given
@@ -490,12 +485,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="distil this model: its probabilities instead of the chats' own tokens",
     )
     add(
-        "--rejected",
-        nargs="+",
-        help="the chats of --data with worse replies: learn to prefer those of --data (which may "
-        "have rejected replies itself, and then needs no such file)",
-    )
-    add(
         "--chosen",
         action="store_true",
         help="of data with rejected replies, learn the chosen ones as demonstrations",
@@ -587,7 +576,6 @@ TRAINING_ONLY = (
     "resume",
     "random",
     "teacher",
-    "rejected",
     "out",
     "full",
 )
@@ -600,10 +588,9 @@ CONFLICTS = {
     "evaluate": ("chosen", *TRAINING_ONLY),
     "dry_run": ("show", "evaluate", "resume", "save_every"),
     "full": (
-        *("value", "random", "connection", "teacher", "rejected", "lam", "norm_over"),
+        *("value", "random", "connection", "teacher", "lam", "norm_over"),
         "base_dtype",
     ),
-    "rejected": ("teacher", "chosen"),
     "base_dtype": ("compile",),
 }
 
@@ -628,7 +615,7 @@ def check(args: argparse.Namespace) -> None:
     models = [("base", base) for base in args.base]
     models += [("value", args.value), ("teacher", args.teacher)]
     refuse_overwriting("out", args.out, models)
-    for data in (*args.data, *(args.rejected or [])):
+    for data in args.data:
         inside = args.out and Path(args.out).resolve().is_relative_to(Path(data).resolve())
         if inside and Path(data).is_dir():
             raise InputError(
@@ -640,19 +627,20 @@ def run(
     args: argparse.Namespace,
     machine: OneDevice = ONE_DEVICE,
     watch: Callable[[int, Llama], dict] = nothing_more,
-) -> str | None:
-    """One training, or one evaluation, as the command line asks for it; of a training, a command to
-    try what was trained. watch: see `train`.
-    """
+) -> None:
+    """One training, or one evaluation, as the command line asks for it. watch: see `train`."""
     check(args)
     if args.show:
-        return Job(args, machine).show()
+        from extras.show import show
+
+        job = Job(args, table_5, machine)
+        return show(job.chats, job.tokenizer, args.show)
     if args.evaluate:
-        return Job(args, machine).evaluate()
+        return evaluate(Job(args, table_5, machine))
     if args.dry_run:
         if args.out:
             refuse_stopped(Path(args.out), resume=False)
-        return Job(args, machine).rehearse()
+        return dry_run(Job(args, table_5, machine))
 
     # in a folder that no other run has; where a run was stopped, the command that goes on
     folder = own_folder(args.out, ["log.jsonl", CHECKPOINT]) if machine.writes else nullcontext()
@@ -664,459 +652,116 @@ def run(
             if not args.resume and (out / "config.json").exists():
                 tell(f"{out} holds a finished model, which this run will replace in the end")
         try:
-            job = Job(args, machine)
-            job.train(watch)
-            return job.suggestion()
+            train_and_save(Job(args, table_5, machine), watch)
         except KeyboardInterrupt:
             if checkpoint.exists():
                 print(f"stopped, and saved; this goes on:\n  {resuming()}", file=sys.stderr)
             raise
 
 
-def refuse_stopped(out: Path, resume: bool) -> None:
-    """Raises InputError for a run that would be lost, and for one that is not there to go on."""
-    checkpoint = out / CHECKPOINT
-    if checkpoint.exists() and not resume:
-        raise InputError(
-            f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
-        )
-    if resume and not checkpoint.exists() and (out / "config.json").exists():
-        raise InputError(
-            f"{out}: holds a finished model and no checkpoint, so there is nothing to go on with"
-        )
-
-
-def resuming() -> str:
-    """The command that goes on with this run."""
-    words = list(sys.argv)
-    if "--resume" not in words:
-        words.append("--resume")
-    start = "python"
-    if torchrun():
-        start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
-    return f"{start} {shlex.join(words)}"
-
-
-class Job:
-    """What a command line asks for: tokenizer, models, settings, chats and loss, step by step."""
-
-    def __init__(self, args: argparse.Namespace, machine: OneDevice = ONE_DEVICE):
-        self.args = args
-        self.machine = machine
-        self.device = pick_device(args.device)
-        self.dtype = pick_dtype(args.dtype, self.device)
-        self.autocast = FULL_PRECISION
-        if self.dtype != torch.float32:
-            self.autocast = torch.autocast(self.device.type, self.dtype)
-        tell(f"reading {' '.join(map(str, args.data))}")
-        self.match_vocabularies()  # tokenizer, configs, shared, differing
-        self.settle()  # connection, settings
-        self.read_chats()  # chats, question, unit
-        if not args.show:
-            self.load_models()  # value, trained, bases, batch_loss, measure
-
-    # ------------------------------------------------------------ the steps
-
-    def match_vocabularies(self) -> None:
-        """The tokenizer, and the shapes of the frozen models; all must agree on what an id means.
-        Raises InputError.
-        """
-        args = self.args
-        self.tokenizer = Tokenizer(args.value or args.base[0], args.template)
-        self.dated = "strftime_now" in self.tokenizer.template
-        if self.dated and args.resume:
-            self.tokenizer.now = date_of(Path(args.out) / CHECKPOINT) or self.tokenizer.now
-        self.shared = len(self.tokenizer.tokens)  # so many leading ids are everywhere,
-        self.differing: set[int] = set()  # of which these do not mean the same
-        self.configs = []
-        for directory in map(plain, args.base + ([args.teacher] if args.teacher else [])):
-            other = Tokenizer(directory, args.template)
-            shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
-            self.shared = min(self.shared, shared)
-            self.differing |= set(differing)
-            self.configs.append(Config.load(directory))
-            other.check(self.configs[-1].vocab_size)
-
-    def settle(self) -> None:
-        """The settings: the paper's, but for what was given. Raises InputError."""
-        args = self.args
-        self.connection = args.connection
-        if self.connection is None:
-            self.connection = recorded_connection(args.value) if args.value else "residual"
-        if self.connection != "residual" or given(args, "random", "teacher", "rejected", "compile"):
-            self.refuse_ranks()
-
-        # the shape of what is trained; a probe has its base's
-        config = self.configs[0]
-        if args.value and self.connection != "probe":
-            config = Config.load(args.value)
-            self.tokenizer.check(config.vocab_size)
-        with torch.device("meta"):
-            model = Llama(config)
-        beside = [] if args.full else self.configs
-        self.settings = Settings(**paper_settings(model, beside))
-        for field in fields(Settings):
-            if getattr(args, field.name, None) is not None:
-                setattr(self.settings, field.name, getattr(args, field.name))
-        self.settings.connection = self.connection
-
-        context = min(config.max_position_embeddings for config in (config, *self.configs))
-        if self.settings.max_length > context:
-            raise InputError(
-                f"--max_length = {self.settings.max_length}; the models' context is {context} "
-                "tokens"
-            )
-
-    def read_chats(self) -> None:
-        """The chats as tokens, or pairs of them; says what became of them."""
-        args = self.args
-        reading = read_chats(*args.data)
-        rivals = rejected_replies(args, reading)
-        with self.machine.in_turn():
-            self.chats = tokenize(reading, self.tokenizer, self.settings.max_length)
-        if rivals:
-            from extras.losses import BETA, paired
-
-            self.refuse_ranks()
-            worse = tokenize(rivals, self.tokenizer, self.settings.max_length)
-            self.chats = paired(self.chats, worse)
-            self.settings.beta = BETA
-        self.unit = "nats per pair" if self.settings.beta else "nats per token"
-        self.question = short_question(reading, self.chats, self.settings)
-        tell(self.chats.report)
-        check_tokens(self.chats, self.tokenizer, self.shared, self.differing)
-
-    def load_models(self) -> None:
-        """The value model as it begins, and the bases, each of which is loaded when its turn comes.
-        An evaluation of the base alone has no value model.
-        """
-        args = self.args
-        self.value = None
-        if args.value or not args.evaluate:
-            self.value = self.start_value()
-        loads = [partial(self.load_base, directory) for directory in args.base]
-        if args.full:
-            loads = [lambda: None]
-
-        # what `train` is given: the value model, or the Connected that wraps it
-        self.trained = self.value
-        if self.connection != "residual":
-            from extras.connections import Connected
-
-            self.trained = Connected(self.connection, self.value)
-            loads = [partial(self.load_watched, directory) for directory in args.base]
-        self.bases = Curriculum(*loads)
-
-        # the loss
-        self.batch_loss = forward
-        self.measure = held_out_loss
-        if args.teacher:
-            from extras.losses import distill
-
-            self.batch_loss = partial(distill, self.load_frozen(args.teacher))
-        if self.settings.beta:
-            from extras.losses import held_out_pairs, prefer
-
-            self.batch_loss = partial(prefer, self.settings.beta)
-            self.measure = partial(held_out_pairs, self.settings.beta)
-
-    def refuse_ranks(self) -> None:
-        if self.machine is not ONE_DEVICE:
-            raise InputError(
-                "under torchrun there is only --connection residual, without --random, --teacher, "
-                "--rejected, --compile and preferences"
-            )
-
-    def load_frozen(self, directory: str, network: type[Llama] = Llama) -> Llama:
-        tell(f"loading {directory}")
-        model = self.machine.load(directory, self.device, self.dtype, self.dtype, network)
-        model.requires_grad_(False)
-        return compiled(model) if self.args.compile else model
-
-    def load_base(self, directory: str) -> Llama:
-        return self.load_frozen(directory, frozen_network(self.args.base_dtype))
-
-    def load_watched(self, directory: str) -> Llama:
-        """A base that shows the value model what it says."""
-        return self.trained.watched(self.load_base(directory))
-
-    def start_value(self) -> Llama:
-        """The model that is trained, as it begins: in float32, whatever the arithmetic."""
-        args = self.args
-        seed = args.seed or 0
-        if self.connection == "probe":
-            from extras.connections import Probe
-
-            # a new one has random weights as it is, and there are no blocks in it
-            without = ["checkpointing", "compile"] + ([] if args.value else ["random"])
-            for option in given(args, *without):
-                raise InputError(f"--{option} has no effect on a probe; leave it out")
-            if args.value:
-                value = Probe.load(args.value, self.device)
-            else:
-                value = Probe(self.configs[0]).init_weights(seed).to(self.device)
-            value.check(args.base)
-        else:
-            start = args.value or args.base[0]
-            tell(f"loading {start}")
-            value = self.machine.load(start, self.device, torch.float32, self.dtype)
-            value.checkpointing = args.checkpointing
-        if args.random:
-            value.init_weights(seed)
-        return compiled(value) if args.compile else value
-
-    # ------------------------------------------------------------ what is done with it
-
-    def show(self) -> None:
-        from extras.show import show
-
-        show(self.chats, self.tokenizer, self.args.show)
-
-    def evaluate(self) -> None:
-        """Prints the loss of the base alone, and of the pair: on the chats that were held out where
-        the value model was trained on just these, else on all.
-        """
-        rows = list(range(len(self.chats)))
-        measured = f"all {len(rows)} chats"
-        note = note_on(self.args.value) if self.args.value else {}
-        if note.get("chats") == self.chats.fingerprint():
-            self.settings.seed, self.settings.held_out = note["seed"], note["held_out"]
-            rows, _ = hold_out(self.chats, self.settings)
-            measured = f"the {len(rows)} of {len(self.chats)} chats that were held out in training"
-        elif self.args.value:
-            measured += "; if the value model was trained on some of them, that flatters it"
-        tell(f"measured on {measured}")
-
-        base = self.bases.at(0, 1)
-        pairs = {"base alone": (base, None)}
-        if self.args.value:
-            pairs["base + value"] = (base, self.trained)
-        losses = []
-        for name, pair in pairs.items():
-            size = self.settings.micro_batch_size
-            nats = held_out_loss(*pair, self.chats, rows, size, self.autocast, self.machine)
-            if not math.isfinite(nats):
-                raise InputError(f"{name}: the loss is {nats}; these weights are of no use")
-            tell(f"{name}: {nats:.4f} nats per token")
-            losses.append(nats)
-        if losses[-1] > losses[0]:
-            warn("on these chats the value model makes its base worse")
-
-    def rehearse(self) -> None:
-        """Says what the training would take, after three steps of it beside the last base."""
-        from extras.rehearse import in_words, on_disk, rehearse
-
-        settings, value = self.settings, self.trained
-        held_rows, batches = split(self.chats, settings, len(self.bases.loads))
-        base = self.bases.at(len(batches) - 1, len(batches))
-        optimizer = adamw(value, settings)
-        how = {"batch_loss": self.batch_loss, "machine": self.machine, "autocast": self.autocast}
-        size = settings.micro_batch_size
-
-        def step(rows: list[int]) -> dict[str, float]:
-            return train_step(
-                base, value, optimizer, self.chats, rows, settings, settings.lr, **how
-            )
-
-        def look(rows: list[int]) -> None:
-            self.measure(base, value, self.chats, rows, size, self.autocast, self.machine)
-
-        seconds, memory = rehearse(self.chats, batches, held_rows, size, step, look, self.device)
-        frozen = "no base"
-        if base is not None:
-            frozen = f"{base.size():,} parameters: {self.args.base[-1]}"
-        rows = [
-            ("trained on", f"{len(self.chats) - len(held_rows):,} chats"),
-            ("held out", f"{len(held_rows):,} chats"),
-            ("steps", f"{len(batches):,} of {settings.batch_size} chats, {settings.epochs} epochs"),
-            ("trained", f"{value.size():,} parameters"),
-            ("frozen", frozen),
-            ("memory", f"{memory:.2f} GB with the widest batch, on {self.device}"),
-            ("disk", on_disk(value.size(), settings.keep == "best", self.args.out)),
-            ("time", f"about {in_words(seconds)}, after three steps"),
-        ]
-        for name, words in rows:
-            tell(f"  {name:<18}{words}")
-        tell("  " + ", ".join(f"{name} {x}" for name, x in asdict(settings).items()))
-
-    def train(self, watch: Callable[[int, Llama], dict]) -> None:
-        """Trains, saves what was trained, and says what it is worth."""
-        args = self.args
-        out = Path(args.out)
-        name = "full" if args.full else "value"
-        train(
-            self.bases,
-            self.trained,
-            self.chats,
-            self.settings,
-            out,
-            batch_loss=self.batch_loss,
-            measure=self.measure,
-            watch=watch,
-            machine=self.machine,
-            resume=args.resume,
-            save_every=args.save_every or 500,
-            autocast=self.autocast,
-            name=name,
-            origin=self.origin(),
-        )
-        of_bases = None if args.full else "`, `".join(args.base)
-        chats = self.chats.fingerprint()
-        save_model(self.value, self.tokenizer, out, of_bases, self.settings, self.machine, chats)
-        tell(f"\nsaved {out}")
-        if self.machine.writes:
-            entries = [entry for entry in read_log(out / "log.jsonl") if entry["run"] == name]
-            self.judge(entries)
-            self.draw(entries, out / "curve.png")
-
-    def draw(self, entries: list[dict], picture: Path) -> None:
-        """The picture of the training, if it can be drawn: it decides nothing."""
-        with suppress(OSError):
-            picture.unlink(missing_ok=True)  # an earlier run's
-        try:
-            from extras.curve import draw
-
-            draw(entries, picture, self.unit)
-            tell(f"its curve: {picture}")
-        except Exception as error:  # whatever a library of pictures may raise
-            tell(f"no {picture.name}: {error}")
-
-    def judge(self, log: list[dict]) -> None:
-        """Says what the training was worth on chats that it has not seen, and warns if it was harm.
-
-        log: its entries, of which those with held-out losses are looked at.
-        """
-        looks = {entry["done"]: entry for entry in log if "held_out_loss" in entry}
-        before = looks.pop(0, None)
-        if not before or not looks:
-            tell("held-out loss: not known, the log has lost lines")
-            return
-        losses = {done: entry["held_out_loss"] for done, entry in looks.items()}
-        last = max(losses)
-        kept = last
-        if self.settings.keep == "best":
-            kept = min(losses, key=losses.get)
-            tell(f"kept the weights after step {kept} of {last}")
-        loss = losses[kept]
-
-        # a model that is trained by itself is compared with what it was
-        if self.args.full:
-            alone = before["held_out_loss"]
-            words = f"{alone:.3f} before training, {loss:.3f} after it"
-            harm = "the model has become worse"
-        else:
-            alone = looks[kept]["base_alone"]
-            words = f"{alone:.3f} by the base alone, {loss:.3f} with the value model"
-            harm = "the value model makes its base worse"
-        held_rows, _ = hold_out(self.chats, self.settings)
-        kind = "pairs" if self.settings.beta else "chats"
-        tell(f"held-out loss: {words} ({self.unit}, {len(held_rows)} {kind})")
-        if loss > alone:
-            # what the losses of the epochs say: has it learnt too little, or too much?
-            advice = "a lower --lr, fewer --epochs or --keep best may help, or more chats"
-            if losses[last] == min(losses.values()) and loss < before["held_out_loss"]:
-                advice = "it was still learning: more --epochs or a higher --lr may help"
-            warn(f"on chats that were held out, {harm}; {advice}")
-
-    def suggestion(self) -> str:
-        """The command that asks what was trained a question of its chats."""
-        args = self.args
-        pair = ["--base", args.base[-1], "--value", str(args.out)]
-        if args.full:
-            pair = ["--base", str(args.out), "--value", "none"]
-        question = [self.question] if self.question else []
-        return shlex.join(["python", "sample.py", *pair, *question])
-
-    def origin(self) -> dict:
-        """What the numbers of a run come from, besides its settings and chats."""
-        args = self.args
-        return {
-            "base": [fingerprint(directory) for directory in args.base],
-            "value": fingerprint(args.value) if args.value else None,
-            "teacher": fingerprint(args.teacher) if args.teacher else None,
-            "random": args.random,
-            "date": self.tokenizer.now.isoformat() if self.dated else None,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "base_dtype": args.base_dtype,
-        }
-
-
-def check_tokens(chats: Chats, tokenizer: Tokenizer, shared: int, differing: set[int]) -> None:
-    """Raises InputError for chats with tokens that do not mean the same to all models."""
-    used = set(chats.ids.unique().tolist())
-    alien = used & differing | {i for i in used if i >= shared}
-    if alien:
-        raise InputError(
-            f"the chats use the token {tokenizer.tokens[min(alien)]!r}, id {min(alien)}, which not "
-            "all of the models' vocabularies have; leave out what it stands for"
-        )
-    if differing:
-        named = ", ".join(f"{i} ({tokenizer.tokens[i]!r})" for i in sorted(differing)[:5])
-        print(
-            f"the vocabularies differ in {len(differing)} of {shared} tokens, which the chats do "
-            f"not use: {named}"
-        )
-
-
-def short_question(reading: Reading, chats: Chats, settings: Settings) -> str | None:
-    """A first question that fits into a line, to try a model with: one that is held out, if any."""
-    short = {}
-    for chat in reading.chats:
-        asked = [message["content"] for message in chat.messages if message["role"] == "user"]
-        if asked and len(asked[0]) <= 80 and asked[0].isprintable():
-            short[chat.entry] = asked[0]
-    if len(chats) > 1:
-        held_rows, _ = hold_out(chats, settings)
-        for row in held_rows:
-            if int(chats.entry[row]) in short:
-                return short[int(chats.entry[row])]
-    return next(iter(short.values()), None)
-
-
-def rejected_replies(args: argparse.Namespace, reading: Reading) -> Reading | None:
-    """The worse replies to the same questions, of a file of their own or of --data itself, if
-    preferences are to be learnt. Raises InputError.
+def losses_of(job: Job) -> tuple[Callable, Callable]:
+    """The loss of a part of a batch, called as `forward` is, and of held-out chats, called as
+    `held_out_loss` is.
     """
-    preferences = reading.preferences()
-    if args.rejected:
-        rivals = read_chats(*args.rejected)
-        if preferences or rivals.preferences():
-            raise InputError(
-                "--rejected is for two files of plain chats; here one has rejected replies itself"
-            )
-        if rivals.read != reading.read:
-            raise InputError(
-                f"--rejected must hold the chats of --data, one for one, but has {rivals.read} in "
-                f"the place of {reading.read}"
-            )
-        return rivals
-    if args.chosen and not preferences:
-        raise InputError("--chosen has no effect: no chat of --data has a rejected reply")
-    if args.evaluate and preferences:
-        print(f"{preferences} chats are preferences; their chosen replies are measured")
-    if args.chosen or args.evaluate or not preferences:
-        return None
-    if preferences < len(reading.chats):
-        raise InputError(
-            f"only {preferences} of the {len(reading.chats)} chats have a rejected reply; with "
-            "--chosen the chosen ones are learnt like all others"
-        )
-    for option in given(args, "full", "teacher"):
-        raise InputError(
-            f"the chats of --data are preferences, with which --{option} does not go; --chosen "
-            "learns the chosen replies"
-        )
-    return reading.worse()
+    if job.teacher is not None:
+        from extras.losses import distill
+
+        return partial(distill, job.teacher), held_out_loss
+    if job.settings.beta:
+        from extras.losses import held_out_pairs, prefer
+
+        return partial(prefer, job.settings.beta), partial(held_out_pairs, job.settings.beta)
+    return forward, held_out_loss
 
 
-def compiled(model: Llama) -> Llama:
-    """The model with each of its blocks compiled, in place: one compilation serves them all."""
-    # the code of a block is compiled anew for each shape of model and way of reading; past the
-    # limit, 8, PyTorch would quietly run it as it is
-    torch._dynamo.config.recompile_limit = 64
-    for block in model.blocks:
-        block.compile()
-    return model
+def train_and_save(job: Job, watch: Callable[[int, Llama], dict]) -> None:
+    """Trains, saves what was trained, and says what it is worth."""
+    args = job.args
+    out = Path(args.out)
+    name = "full" if args.full else "value"
+    batch_loss, measure = losses_of(job)
+    train(
+        Curriculum(*job.loads),
+        job.trained,
+        job.chats,
+        job.settings,
+        out,
+        batch_loss=batch_loss,
+        measure=measure,
+        watch=watch,
+        machine=job.machine,
+        resume=args.resume,
+        save_every=args.save_every or 500,
+        autocast=job.autocast,
+        name=name,
+        origin=job.origin(),
+    )
+    of_bases = None if args.full else "`, `".join(args.base)
+    chats = job.chats.fingerprint()
+    save_model(job.value, job.tokenizer, out, of_bases, job.settings, job.machine, chats)
+    tell(f"\nsaved {out}")
+    if job.machine.writes:
+        entries = [entry for entry in read_log(out / "log.jsonl") if entry["run"] == name]
+        held_rows, _ = hold_out(job.chats, job.settings)
+        judge(entries, job.settings, args.full, len(held_rows))
+        draw_curve(entries, out / "curve.png", unit_of(job.settings))
+        pair = ["--base", args.base[-1], "--value", args.out]
+        if args.full:
+            pair = ["--base", args.out, "--value", "none"]
+        tell(f"try\n  {shlex.join(['python', 'sample.py', *map(str, pair)])}")
+
+
+def evaluate(job: Job) -> None:
+    """Prints the loss of the base alone, and of the pair: on the chats that were held out where
+    the value model was trained on just these, else on all.
+    """
+    rows = list(range(len(job.chats)))
+    measured = f"all {len(rows)} chats"
+    note = note_on(job.args.value) if job.args.value else {}
+    if note.get("chats") == job.chats.fingerprint():
+        job.settings.seed, job.settings.held_out = note["seed"], note["held_out"]
+        rows, _ = hold_out(job.chats, job.settings)
+        measured = f"the {len(rows)} of {len(job.chats)} chats that were held out in training"
+    elif job.args.value:
+        measured += "; if the value model was trained on some of them, that flatters it"
+    tell(f"measured on {measured}")
+
+    base = job.loads[0]()
+    pairs = {"base alone": (base, None)}
+    if job.args.value:
+        pairs["base + value"] = (base, job.trained)
+    losses = []
+    for name, pair in pairs.items():
+        size = job.settings.micro_batch_size
+        nats = held_out_loss(*pair, job.chats, rows, size, job.autocast, job.machine)
+        if not math.isfinite(nats):
+            raise InputError(f"{name}: the loss is {nats}; these weights are of no use")
+        tell(f"{name}: {nats:.4f} nats per token")
+        losses.append(nats)
+    if losses[-1] > losses[0]:
+        warn("on these chats the value model makes its base worse")
+
+
+def dry_run(job: Job) -> None:
+    """Says what the training would take, after three steps of it beside the last base."""
+    from extras.rehearse import rehearse, report
+
+    settings, value = job.settings, job.trained
+    held_rows, batches = split(job.chats, settings, len(job.loads))
+    base = job.loads[-1]()
+    optimizer = adamw(value, settings)
+    batch_loss, measure = losses_of(job)
+    how = {"batch_loss": batch_loss, "machine": job.machine, "autocast": job.autocast}
+    size = settings.micro_batch_size
+
+    def step(rows: list[int]) -> dict[str, float]:
+        return train_step(base, value, optimizer, job.chats, rows, settings, settings.lr, **how)
+
+    def look(rows: list[int]) -> None:
+        measure(base, value, job.chats, rows, size, job.autocast, job.machine)
+
+    seconds, memory = rehearse(job.chats, batches, held_rows, size, step, look, job.device)
+    report(job, base, batches, len(held_rows), seconds, memory)
 
 
 def main() -> None:
@@ -1127,9 +772,7 @@ def main() -> None:
 
         machine = Ranks()
     if args.base is not None:
-        suggestion = run(args, machine)
-        if suggestion:
-            tell(f"try\n  {suggestion}")
+        run(args, machine)
         return
     if torchrun():
         raise InputError(

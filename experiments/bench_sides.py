@@ -18,6 +18,7 @@ from extras.int8 import rounded
 from ivl import combine, generate, loss_sums, token_by_token, two_headed_loss
 from model import Config, Llama, column_major, hf_shape, hf_views, inverse_frequencies
 from plumbing.files import InputError, pick_dtype
+from plumbing.jobs import compiled
 
 SHAPES = {  # with room for 8192 positions
     "toy-small": Config(1536, 64, 128, 2, 2, 2, 32, 8192, tie_word_embeddings=True),
@@ -414,8 +415,8 @@ def step_variants(
     if "ours" in wanted:
         steps["ours"] = stepping(two_headed, *mine)
     if "compiled" in wanted:
-        again = train.compiled(copy(value))
-        steps["compiled"] = stepping(two_headed, train.compiled(copy(base)), again, adamw(again))
+        again = compiled(copy(value))
+        steps["compiled"] = stepping(two_headed, compiled(copy(base)), again, adamw(again))
     if "eager" in wanted:
         steps["eager"] = stepping(eager, *mine)
     if "transformers" in wanted:

@@ -201,7 +201,7 @@ COMMANDS = {
     "train": (train.main, f"{PAIR} {CHATS} --out out"),
     "fine-tune": (train.main, f"--base base {CHATS} --full --out out"),
     "curriculum": (train.main, f"--base base value --value value {CHATS} --out out"),
-    "prefer": (train.main, f"{PAIR} {CHATS} --rejected worse.jsonl --out out"),
+    "prefer": (train.main, f"{PAIR} {CHATS.replace('chats.json', 'pairs.jsonl')} --out out"),
     "distil": (train.main, f"{PAIR} {CHATS} --teacher base --out out"),
     "cascade": (train.main, f"{PAIR} {CHATS} --connection cascade+ --out out"),
     "resume": (train.main, f"{PAIR} {CHATS} --out stopped --resume"),
@@ -231,15 +231,18 @@ def make_world(folder: Path) -> None:
     write_text(folder / "value" / "chat_template.jinja", TEMPLATES["plain"])
     write_text(folder / "value" / "generation_config.json", '{"eos_token_id": [2]}')
 
-    chats, worse, prompts = [], [], []
+    chats, worse, pairs, prompts = [], [], [], []
     for i in range(24):
         question = {"role": "user", "content": f"Where is the cat {i}?"}
         reply = {"role": "assistant", "content": "On the mat. " * (1 + i % 3)}
         chats.append({"messages": [question, reply]})
         worse.append(json.dumps({"instruction": question["content"], "output": "Good morning!"}))
+        pair = {"chosen": reply, "rejected": {**reply, "content": "Good morning!"}}
+        pairs.append(json.dumps({"messages": [question], **pair}))
         prompts.append(json.dumps({"messages": [question]}))
     write_text(folder / "chats.json", json.dumps(chats))
     write_text(folder / "worse.jsonl", "\n".join(worse))
+    write_text(folder / "pairs.jsonl", "\n".join(pairs))
     write_text(folder / "prompts.jsonl", "\n".join(prompts[:5]))
     write_text(folder / "prompts.txt", "Where is the cat?\nWhere is the dog?\nWho says that?\n")
     write_text(folder / "stdin.txt", "Where is the cat?\nAnd the dog?\n/clear\nHello you\n/exit\n")

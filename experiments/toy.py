@@ -487,7 +487,7 @@ def fact_of(chat: list[dict]) -> str:
 
 # options that describe models and data, which here are the family's: not allowed
 NOT_FOR_THE_TOY = (
-    *("value", "data", "teacher", "rejected", "chosen"),
+    *("value", "data", "teacher", "chosen"),
     *("full", "evaluate", "show", "dry_run"),
 )
 

@@ -8,12 +8,16 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from model import Llama
 from plumbing.dataset import Batches, Chats
 from plumbing.files import InputError, peak_memory
+from plumbing.jobs import Job
+from plumbing.runs import tell
 
 FLOAT = 4  # bytes of a trained weight, and of each of the optimizer's two numbers beside it
 
@@ -59,6 +63,29 @@ def rehearse(
     training = sum(each) / sum(map(size, tried)) * batches.epochs * sum(map(size, epoch))
     looking = a_look / size(few) * size(held_rows)
     return training + (batches.epochs + 1) * looking, peak_memory(device)
+
+
+def report(
+    job: Job, base: Llama | None, batches: Batches, held_out: int, seconds: float, memory: float
+) -> None:
+    """Prints what a training would take. base: that of its last steps; held_out: so many chats."""
+    settings, value = job.settings, job.trained
+    frozen = "no base"
+    if base is not None:
+        frozen = f"{base.size():,} parameters: {job.args.base[-1]}"
+    rows = [
+        ("trained on", f"{len(job.chats) - held_out:,} chats"),
+        ("held out", f"{held_out:,} chats"),
+        ("steps", f"{len(batches):,} of {settings.batch_size} chats, {settings.epochs} epochs"),
+        ("trained", f"{value.size():,} parameters"),
+        ("frozen", frozen),
+        ("memory", f"{memory:.2f} GB with the widest batch, on {job.device}"),
+        ("disk", on_disk(value.size(), settings.keep == "best", job.args.out)),
+        ("time", f"about {in_words(seconds)}, after three steps"),
+    ]
+    for name, words in rows:
+        tell(f"  {name:<18}{words}")
+    tell("  " + ", ".join(f"{name} {x}" for name, x in asdict(settings).items()))
 
 
 def padded_tokens(chats: Chats, rows: list[int], micro_batch_size: int) -> int:

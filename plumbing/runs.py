@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -29,6 +30,7 @@ from plumbing.files import (
     open_tensors,
     parse_json,
     read_text,
+    torchrun,
     verify,
     whole,
     write_text,
@@ -372,3 +374,83 @@ def note_on(directory: str | Path) -> dict:
         made_with = parse_json(noted, path)
         return fields_of(made_with, NOTED, path) if made_with in TABLE else {}
     return {}
+
+
+def refuse_stopped(out: Path, resume: bool) -> None:
+    """Raises InputError for a run that would be lost, and for one that is not there to go on."""
+    checkpoint = out / CHECKPOINT
+    if checkpoint.exists() and not resume:
+        raise InputError(
+            f"{checkpoint}: holds a run that was stopped; go on with --resume, or remove it"
+        )
+    if resume and not checkpoint.exists() and (out / "config.json").exists():
+        raise InputError(
+            f"{out}: holds a finished model and no checkpoint, so there is nothing to go on with"
+        )
+
+
+def resuming() -> str:
+    """The command that goes on with this run."""
+    words = list(sys.argv)
+    if "--resume" not in words:
+        words.append("--resume")
+    start = "python"
+    if torchrun():
+        start = f"torchrun --nproc_per_node {os.environ['LOCAL_WORLD_SIZE']}"
+    return f"{start} {shlex.join(words)}"
+
+
+def judge(log: list[dict], settings, full: bool, held_out: int) -> None:
+    """Says what the training was worth on chats that it has not seen, and warns if it was harm.
+
+    log: its entries, of which those with held-out losses are looked at. full: whether a model was
+    trained by itself. held_out: how many chats, or pairs of them, were.
+    """
+    looks = {entry["done"]: entry for entry in log if "held_out_loss" in entry}
+    before = looks.pop(0, None)
+    if not before or not looks:
+        tell("held-out loss: not known, the log has lost lines")
+        return
+    losses = {done: entry["held_out_loss"] for done, entry in looks.items()}
+    last = max(losses)
+    kept = last
+    if settings.keep == "best":
+        kept = min(losses, key=losses.get)
+        tell(f"kept the weights after step {kept} of {last}")
+    loss = losses[kept]
+
+    # a model that is trained by itself is compared with what it was
+    if full:
+        alone = before["held_out_loss"]
+        words = f"{alone:.3f} before training, {loss:.3f} after it"
+        harm = "the model has become worse"
+    else:
+        alone = looks[kept]["base_alone"]
+        words = f"{alone:.3f} by the base alone, {loss:.3f} with the value model"
+        harm = "the value model makes its base worse"
+    kind = "pairs" if settings.beta else "chats"
+    tell(f"held-out loss: {words} ({unit_of(settings)}, {held_out} {kind})")
+    if loss > alone:
+        # what the losses of the epochs say: has it learnt too little, or too much?
+        advice = "a lower --lr, fewer --epochs or --keep best may help, or more chats"
+        if losses[last] == min(losses.values()) and loss < before["held_out_loss"]:
+            advice = "it was still learning: more --epochs or a higher --lr may help"
+        warn(f"on chats that were held out, {harm}; {advice}")
+
+
+def draw_curve(entries: list[dict], picture: Path, unit: str) -> None:
+    """The picture of the training, if it can be drawn: it decides nothing."""
+    with suppress(OSError):
+        picture.unlink(missing_ok=True)  # an earlier run's
+    try:
+        from extras.curve import draw
+
+        draw(entries, picture, unit)
+        tell(f"its curve: {picture}")
+    except Exception as error:  # whatever a library of pictures may raise
+        tell(f"no {picture.name}: {error}")
+
+
+def unit_of(settings) -> str:
+    """What held-out losses are in."""
+    return "nats per pair" if settings.beta else "nats per token"

@@ -109,6 +109,13 @@ def make_directory(
     return path
 
 
+def preference(chat: dict, rejected: str = "The cat says good.") -> str:
+    """A line of a file of preferences: a chat of the form of ShareGPT with a worse last reply."""
+    *turns, chosen = chat["conversations"]
+    worse = {**chosen, "value": rejected}
+    return json.dumps({"conversations": turns, "chosen": chosen, "rejected": worse}) + "\n"
+
+
 def begins_with_bos() -> dict:
     """A post-processor that puts `<s>` in front of a text, as Llama's tokenizers have it."""
     bos, text = (

@@ -350,7 +350,7 @@ def test_train_step_with_compiled_blocks(bench_main, monkeypatch):
         compiled.append(model)
         return model
 
-    monkeypatch.setattr(bench_sides.train, "compiled", note)  # else it would take a minute
+    monkeypatch.setattr(bench_sides, "compiled", note)  # else it would take a minute
     options = ("--shape", *TOYS, "--tokens", 16, "--repeats", 1, "--peers", "eager", "--compile")
     written, printed = bench_main("train-step", *options)
     assert {row["name"] for row in written["rows"]} == set(
@@ -360,7 +360,7 @@ def test_train_step_with_compiled_blocks(bench_main, monkeypatch):
 
 
 def test_training_steps_of_all_sides_are_the_same_step(monkeypatch):
-    monkeypatch.setattr(bench_sides.train, "compiled", lambda model: model)
+    monkeypatch.setattr(bench_sides, "compiled", lambda model: model)
     torch.manual_seed(0)
     base, value = (
         bench_sides.random_llama(name, CPU, torch.float32, seed) for seed, name in enumerate(TOYS)

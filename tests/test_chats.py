@@ -164,19 +164,13 @@ def train(run, base_dir, value_dir, tmp_path):
 
 
 def test_preferences_train_as_they_come(train, tmp_path):
-    """One file of preferences, and two files of chats, are the same."""
+    """As pairs; or the chosen replies like any others, if asked."""
     asked = [{**ASK, "content": f"Where is cat {i}?"} for i in range(12)]
     pairs = [{"prompt": [ask], "chosen": [GOOD], "rejected": [BAD]} for ask in asked]
     better = written(tmp_path, *({"messages": [ask, GOOD]} for ask in asked), name="better.jsonl")
-    worse = written(tmp_path, *({"messages": [ask, BAD]} for ask in asked), name="worse.jsonl")
     one = written(tmp_path, *pairs, name="pairs.jsonl")
     result = train(one, "one")
     assert result.returncode == 0 and "pairs                       12" in result.stdout
-    assert train(better, "two", "--rejected", worse).returncode == 0
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
-    assert weights[0] == weights[1]
-
-    # as demonstrations of the chosen replies, if asked
     assert train(one, "three", "--chosen").returncode == 0
     assert train(better, "four").returncode == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("three", "four")]
@@ -191,9 +185,6 @@ def test_what_preferences_do_not_go_with_is_refused(train, tmp_path):
     assert_refused(
         train(written(tmp_path, plain, plain), "o", "--chosen"), "--chosen has no effect"
     )
-    few = written(tmp_path, plain, name="few.jsonl")
-    many = written(tmp_path, plain, plain, name="many.jsonl")
-    assert_refused(train(many, "o", "--rejected", few), "one for one", "1 in the place of 2")
 
 
 # ---------------------------------------------------------------- roles, parts, other forms
@@ -911,14 +902,6 @@ def test_a_special_token_of_one_letter_cannot_be_guarded(directory):
         Tokenizer(directory).prompt([{**ASK, "content": "what is § 1?"}])
 
 
-def test_pairs_and_rejected_files_are_not_mixed(train, tmp_path):
-    pair, plain = PREFERENCES["TRL, turns"], {"messages": [ASK, GOOD]}
-    pairs = written(tmp_path, pair, pair, name="pairs.jsonl")
-    chats = written(tmp_path, plain, plain, name="plain.jsonl")
-    for better, worse in ((pairs, chats), (chats, pairs)):
-        assert_refused(train(better, "o", "--rejected", worse), "--rejected is for two files")
-
-
 def test_empty_replies_are_not_learnt_and_counted(tmp_path, base_dir):
     empty = {"role": "assistant", "content": " "}
     weightless = {**ASK, "weight": 0}  # which says nothing about replies
@@ -963,13 +946,10 @@ def test_null_columns_within_turns(tmp_path):
     assert chat.messages[0]["content"] == "Answer.\n\nWhy?"
 
 
-def test_chosen_replies_that_are_none_and_equal_pairs(train, tmp_path):
+def test_chosen_replies_that_are_none(tmp_path):
     for chosen in ("", {**GOOD, "weight": 0}):
         record = {"prompt": "a", "chosen": chosen, "rejected": "b"}
         assert "chosen or rejected is" in str(read_chats(written(tmp_path, record)).left_out)
-    plain = {"messages": [ASK, GOOD]}
-    chats = written(tmp_path, plain, plain)
-    assert_refused(train(chats, "o", "--rejected", chats), "are the same")
 
 
 def test_out_does_not_lie_where_chats_are_read(train, tmp_path):

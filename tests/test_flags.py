@@ -58,7 +58,6 @@ TRAIN = {
     "connection": ["--connection", "cascade"],
     "data": ["--data", "OTHER"],
     "teacher": ["--teacher", "BASE"],
-    "rejected": ["--rejected", "CHATS"],
     "chosen": ["--chosen"],
     "show": ["--show", "2"],
     "out": ["--out", "ELSEWHERE"],

@@ -104,11 +104,11 @@ def test_trainings_have_table_5():
     for name, recipe in full_size.RECIPES.items():
         with torch.device("meta"):
             model = Llama(plan.SHAPES[recipe.start])
-        settings = train.paper_settings(model, [plan.SHAPES[base] for base in recipe.beside])
+        settings = train.table_5(model, [plan.SHAPES[base] for base in recipe.beside])
         small = recipe.start in (full_size.TINY, full_size.THREE_SMALL)
-        assert (settings["lr"], settings["batch_size"]) == ((1e-4, 32) if small else (1e-5, 16))
+        assert (settings.lr, settings.batch_size) == ((1e-4, 32) if small else (1e-5, 16))
         tiny = full_size.TINY in (recipe.start, *recipe.beside)
-        assert settings["epochs"] == 3 and settings["max_length"] == (2048 if tiny else 4096)
+        assert settings.epochs == 3 and settings.max_length == (2048 if tiny else 4096)
 
         (line,) = [line for line in lines if out_of(line) == f"o/seed0/{name.replace(' ', '-')}"]
         assert not {"--lr", "--batch_size", "--epochs", "--max_length"} & set(line)

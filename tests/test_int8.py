@@ -371,10 +371,8 @@ def test_what_is_not_frozen_is_not_rounded(train, base_dir):
     assert_refused(train(base_dtype="int4"), "--base_dtype", "int4")
 
 
-def test_it_is_not_compiled(train, run, base_dir):
+def test_it_is_not_compiled(train):
     assert_refused(train(base_dtype="int8", compile=True), "--base_dtype and --compile")
-    asked = ["--base", base_dir, "--value", "none", "--base_dtype", "int8", "--compile", "Where?"]
-    assert_refused(run("sample.py", *asked), "--base_dtype and --compile")
 
 
 def test_a_base_that_is_rounded_already_is_refused(train, models):

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_refused, in_a_process
+from conftest import assert_refused, in_a_process, preference
 
 import ivl
 import train as trainer
@@ -22,6 +22,7 @@ from plumbing import ranks, runs
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
 from plumbing.files import InputError
+from plumbing.jobs import compiled
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import load
 
@@ -376,9 +377,9 @@ def test_full_fine_tuning(run, base_dir, chats_file, tmp_path):
 def test_curriculum_random_and_preferences_as_a_user_runs_them(
     run, base_dir, value_dir, chats_file, tmp_path
 ):
-    worse, out = tmp_path / "worse.json", tmp_path / "out"
-    worse.write_text(chats_file.read_text().replace("On the mat.", "The cat says good."))
-    given = "--data", chats_file, "--out", out, "--epochs", 1, "--lr", 1e-3, "--lam", 0.1
+    pairs, out = tmp_path / "pairs.jsonl", tmp_path / "out"
+    pairs.write_text("".join(map(preference, json.loads(chats_file.read_text()))))
+    given = "--data", pairs, "--out", out, "--epochs", 1, "--lr", 1e-3, "--lam", 0.1
     result = run(
         "train.py",
         "--base",
@@ -387,8 +388,6 @@ def test_curriculum_random_and_preferences_as_a_user_runs_them(
         "--value",
         value_dir,
         "--random",
-        "--rejected",
-        worse,
         "--batch_size",
         8,
         *given,
@@ -497,7 +496,7 @@ def test_many_shapes_stay_compiled(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend=backend))
     for width in range(16, 16 + 4 * 12, 4):
         config = Config(20, width, 24, 2, 2, 1, 8, 64)
-        model = trainer.compiled(Llama(config))
+        model = compiled(Llama(config))
         before = sum(graphs)
         model(torch.ones(1, 5, dtype=torch.long))
         assert sum(graphs) == before + 2, f"a block of width {width} is not compiled"
@@ -565,15 +564,13 @@ def test_the_papers_settings_by_the_size_of_the_model():
     with torch.device("meta"):
         models = Llama(small), Llama(large)
     common = {"micro_batch_size": 4, "epochs": 3, "norm_over": "response"}
-    assert trainer.paper_settings(models[0], [small]) == {
-        **common,
-        **{"lr": 1e-4, "batch_size": 32, "max_length": 4096, "lam": 1.0},
-    }
-    assert trainer.paper_settings(models[1], []) == {
-        **common,
-        **{"lr": 1e-5, "batch_size": 16, "max_length": 2048, "lam": 0.0},
-    }
-    assert trainer.paper_settings(models[0], [small, large])["max_length"] == 2048
+    assert trainer.table_5(models[0], [small]) == trainer.Settings(
+        lr=1e-4, batch_size=32, max_length=4096, lam=1.0, **common
+    )
+    assert trainer.table_5(models[1], []) == trainer.Settings(
+        lr=1e-5, batch_size=16, max_length=2048, lam=0.0, **common
+    )
+    assert trainer.table_5(models[0], [small, large]).max_length == 2048
 
 
 def test_more_bases_than_steps_are_refused(setup, base_dir):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, assert_refused, make_directory
+from conftest import ROOT, assert_refused, make_directory, preference
 
 import train as trainer
 from extras import losses, rehearse
@@ -71,12 +71,10 @@ def test_full_fine_tuning_is_compared_with_what_it_was(train, models, chats_file
 
 
 def test_a_preference_is_judged_by_preferences(train, chats_file, tmp_path):
-    worse = json.loads(chats_file.read_text())
-    for chat in worse:
-        for message in chat["conversations"][1::2]:
-            message["value"] = "It rains."
-    (tmp_path / "worse.json").write_text(json.dumps(worse))
-    result = train(rejected=tmp_path / "worse.json", lr=1e-2, epochs=3)
+    chats = json.loads(chats_file.read_text())
+    pairs = "".join(preference(chat, "It rains.") for chat in chats)
+    (tmp_path / "pairs.jsonl").write_text(pairs)
+    result = train(data=tmp_path / "pairs.jsonl", lr=1e-2, epochs=3)
     assert result.returncode == 0, result.stderr
     nats = log_of(tmp_path / "out", "held_out_loss")
     said = f"0.693 by the base alone, {nats[-1]:.3f} with the value model (nats per pair, 1 pairs)"
@@ -263,12 +261,12 @@ def test_a_pipe_gets_a_line_for_each_epoch(train):
     assert all("held_out" in line and "loss" in line for line in lines)
 
 
-def test_what_a_training_says_to_try_is_a_question_of_its_chats(train, run):
-    result = train(lr=1e-2)
-    words = result.stdout.strip().splitlines()[-1].split("sample.py ")[1]
-    *options, question = shlex.split(words)
-    assert question.startswith("Where is the cat ")
-    assert run("sample.py", *options, "--max_new_tokens", 3, question).returncode == 0
+@pytest.mark.parametrize("full", [False, True])
+def test_what_a_training_says_to_try_can_be_asked(train, run, full):
+    result = train(lr=1e-2, **({"full": True, "value": None} if full else {}))
+    words = shlex.split(result.stdout.strip().splitlines()[-1].split("sample.py ")[1])
+    said = run("sample.py", *words, "--max_new_tokens", 3, "Where is the cat?")
+    assert said.returncode == 0 and "3 tokens" in said.stderr, said.stderr
 
 
 # ---------------------------------------------------------------- what it would take
