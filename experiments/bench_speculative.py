@@ -31,6 +31,7 @@ from extras.speculative import Drafts, leading
 from model import Llama, column_major
 from plumbing.chats import read_prompts
 from plumbing.files import InputError, given, number, pick_dtype, whole
+from plumbing.pair import Speaker
 
 SHAPES = {
     "cpu": ("58m", "24m", "24m"),
@@ -122,7 +123,7 @@ def from_directories(args: argparse.Namespace) -> Trio:
     words += ["--device", str(args.device)]
     if args.base_dtype:
         words += ["--base_dtype", args.base_dtype]
-    speaker = sample.Speaker(sample.arguments(words))
+    speaker = Speaker(sample.arguments(words))
     chats = read_prompts(args.prompts)[: args.limit]
     prompts = [speaker.prompt(messages) for messages in chats]
     size = args.batch_size

@@ -38,9 +38,10 @@ from plumbing.files import (
     writable_file,
     write_text,
 )
+from plumbing.pair import Speaker
 
 
-def measure(speaker: sample.Speaker, tokens: int, repeats: int) -> tuple[list[float], float]:
+def measure(speaker: Speaker, tokens: int, repeats: int) -> tuple[list[float], float]:
     """Seconds of each run that decodes so many tokens, and GB at the peak of all of them."""
 
     def decode() -> None:
@@ -96,7 +97,7 @@ def main() -> None:
     device = pick_device(args.device)
     spare_a_core(device)
     options = ["--base", args.base, "--value", args.value, "--device", args.device]
-    speaker = sample.Speaker(sample.arguments(options))
+    speaker = Speaker(sample.arguments(options))
 
     # the shorter texts first: memory that a longer one took might be kept
     row = {"machine": bench_measure.machine(speaker.device)}

@@ -61,6 +61,7 @@ from plumbing.files import (
     whole,
     write_text,
 )
+from plumbing.pair import Speaker
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import fingerprint, recorded_connection
 
@@ -159,7 +160,7 @@ ALLOW = "{}: runs what the model has written; allow it with --run_code, or name 
 # ---------------------------------------------------------------- one task after the other
 
 
-class Examinee(sample.Speaker):
+class Examinee(Speaker):
     """The models that are asked; under torchrun rank 0 asks, and all ranks answer."""
 
     def likelihoods(

@@ -37,9 +37,9 @@ from extras.benchmarks import local_rows, toxic_prompts
 from extras.likelihood import Question
 from extras.sandbox import CodeEval
 from plumbing.files import LIST, TABLE, TEXT, InputError, parse_json, whole_lines
+from plumbing.pair import Speaker
 from plumbing.streaming import GrowingReply
 from plumbing.tokenizer import Refused, past
-from sample import Speaker
 
 # the harness's own words and bars: only what went wrong, and nothing where nobody watches
 for library in ("lm_eval", "huggingface_hub"):

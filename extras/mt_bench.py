@@ -25,7 +25,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import sample
 from plumbing.files import (
     TABLE,
     TEXT,
@@ -45,6 +44,7 @@ from plumbing.files import (
     write_text,
     writing,
 )
+from plumbing.pair import Speaker
 
 # how freely a reply is drawn, and whether the judge sees a reference answer: as in FastChat
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
@@ -181,7 +181,7 @@ def file_name(name: str) -> str:
 
 
 def answers(
-    speaker: sample.Speaker,
+    speaker: Speaker,
     questions_file: str | Path,
     out_dir: str | Path,
     batch_size: int,
@@ -240,7 +240,7 @@ def temperature(question: dict) -> float:
     return TEMPERATURES.get(question["category"], OTHERS)
 
 
-def settings_of(speaker: sample.Speaker) -> dict:
+def settings_of(speaker: Speaker) -> dict:
     """On what the replies depend, as it is noted beside them."""
     args = speaker.args
     names = ("base", "value", "map")
@@ -253,7 +253,7 @@ def settings_of(speaker: sample.Speaker) -> dict:
     return dict.fromkeys(names) | found | {name: getattr(args, name) for name in others}
 
 
-def converse(speaker: sample.Speaker, questions: Sequence[dict], most: int) -> list[dict]:
+def converse(speaker: Speaker, questions: Sequence[dict], most: int) -> list[dict]:
     """Both turns of a batch of questions of one temperature: of each {messages, turns, notes}."""
     chats = [{"messages": speaker.opening(), "turns": [], "notes": []} for _ in questions]
     for turn in (1, 2):

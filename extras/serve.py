@@ -40,6 +40,8 @@ from plumbing.files import (
     torchrun,
     whole,
 )
+from plumbing.pair import Speaker
+from plumbing.streaming import GrowingReply
 
 LARGEST = 2**24  # bytes of a request
 COUNT = Field(whole(1, 10**9), None)
@@ -94,7 +96,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], speaker: sample.Speaker):
+    def __init__(self, address: tuple[str, int], speaker: Speaker):
         super().__init__(address, Handler)
         models = [speaker.args.base, *speaker.args.value]
         self.name = "+".join(Path(model).resolve().name for model in models)
@@ -127,7 +129,7 @@ class Server(ThreadingHTTPServer):
         """The reply, piece by piece; then `ended` says why it has ended, and counts tokens."""
         speaker, prompt = self.speaker, wanted["prompt"]
         stops = [wanted["stop"]] if wanted["stop"] in TEXT else wanted["stop"]
-        reply = sample.GrowingReply(speaker.tokenizer, [*speaker.args.stop, *filter(None, stops)])
+        reply = GrowingReply(speaker.tokenizer, [*speaker.args.stop, *filter(None, stops)])
         choice = {key: wanted[key] for key in ("temperature", "top_p") if wanted[key] is not None}
         generate = speaker.decoder(speaker.base, speaker.values, **choice)
 
@@ -308,7 +310,7 @@ def main() -> None:
         raise InputError("an address is one process's: leave out torchrun")
     for name in given(sample.parsed(rest), *OF_ONE_REPLY):
         raise InputError(f"{name}: belongs to one reply; leave it out")
-    speaker = sample.Speaker(sample.arguments(rest))
+    speaker = Speaker(sample.arguments(rest))
     try:
         server = Server((ours.host, ours.port), speaker)
     except OSError as problem:

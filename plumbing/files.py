@@ -719,6 +719,11 @@ def say_once(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def aside(words: str) -> None:
+    """To stderr, grey in a terminal: what is no reply."""
+    print(f"\033[90m{words}\033[0m" if sys.stderr.isatty() else words, file=sys.stderr)
+
+
 def visible(text: str) -> str:
     """A text whose control characters, which could do things to a terminal, are spelt out.
 

@@ -35,6 +35,7 @@ TESTS = {  # each source file, and the arguments of pytest for the tests beside 
     "plumbing/weights.py": ["test_model.py", "test_trust.py"],
     "plumbing/runs.py": ["test_train.py", "test_verdict.py", "test_trust.py"],
     "plumbing/jobs.py": ["test_train.py", "test_verdict.py", "test_trust.py", "test_flags.py"],
+    "plumbing/pair.py": ["test_sample.py", "test_trust.py", "test_flags.py"],
     "plumbing/ranks.py": ["test_train.py", "test_verdict.py"],
     "plumbing/streaming.py": ["test_data.py", "test_sample.py"],
     "plumbing/chats.py": ["test_chats.py", "test_data.py"],

@@ -22,6 +22,7 @@ import sample  # noqa: E402
 from extras import benchmarks, evaluate, harness  # noqa: E402
 from extras.benchmarks import BENCHMARKS, COLUMNS  # noqa: E402
 from plumbing.files import InputError  # noqa: E402
+from plumbing.pair import Speaker  # noqa: E402
 from plumbing.tokenizer import Tokenizer
 
 SENTENCES = (
@@ -485,7 +486,7 @@ def test_what_is_known_is_not_asked_again(measured, tmp_path, monkeypatch):
     assert first.returncode == 0, first.stderr
     row = scores(tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(sample.Speaker, "__init__", None)
+        patch.setattr(Speaker, "__init__", None)
         again = measured("--tasks", "winogrande", "gsm8k", *words)
         assert again.stdout == first.stdout and again.stderr.count("known already") == 2
         assert scores(tmp_path / "out") == row
@@ -546,7 +547,7 @@ def test_programs_are_checked_in_the_sandbox(measured, tmp_path, monkeypatch):
         body = "\n    " if stops else "\ndef f(x):\n    "  # mbpp asks for all of it, and no stops
         return [reply(body + texts[n == 0]) for n, _ in enumerate(prompts)]
 
-    monkeypatch.setattr(sample.Speaker, "whole_replies", replies)
+    monkeypatch.setattr(Speaker, "whole_replies", replies)
     done = measured("--tasks", "humaneval", "mbpp", "--run_code")
     assert done.returncode == 0, done.stderr
     assert scores(tmp_path / "out") == {
@@ -638,7 +639,7 @@ def test_files_of_the_authors(data_dir):
 
 
 def test_what_is_missing_is_told_before_a_model_is_loaded(measured, tmp_path, monkeypatch):
-    monkeypatch.setattr(sample.Speaker, "__init__", None)
+    monkeypatch.setattr(Speaker, "__init__", None)
     monkeypatch.setattr(harness.nltk.data, "path", [])
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -14,6 +14,7 @@ import sample
 import train as trainer
 from experiments import toy
 from model import Llama
+from plumbing import pair
 from plumbing.files import InputError
 
 
@@ -296,8 +297,8 @@ def sample_calls(base_dir, value_dir, tmp_path, monkeypatch, capsys):
         yield [5] * len(prompts)
         yield [2] * len(prompts)
 
-    monkeypatch.setattr(sample, "generate", generate)
-    monkeypatch.setattr(sample, "column_major", lambda model: model)
+    monkeypatch.setattr(pair, "generate", generate)
+    monkeypatch.setattr(pair, "column_major", lambda model: model)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
 
     def run(argv: list[str]) -> tuple:

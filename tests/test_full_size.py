@@ -19,6 +19,7 @@ from experiments import costs, full_size, plan, reproduce
 from extras.benchmarks import COLUMNS, paper_costs, paper_rows
 from model import Llama
 from plumbing.files import Parser
+from plumbing.pair import Speaker
 
 NAMES = [*full_size.TABLES]
 # what the miniature calls the paper's models
@@ -598,7 +599,7 @@ def test_costs_of_exactly_so_many_tokens(run, monkeypatch, value_dir, tmp_path):
     base = make_directory(tmp_path / "base", seed=1)
     settings = {"bos_token": "<s>", "eos_token": "<unk>"}
     (base / "tokenizer_config.json").write_text(json.dumps(settings))
-    speaker = sample.Speaker(sample.arguments(["--base", str(base), "--value", "none"]))
+    speaker = Speaker(sample.arguments(["--base", str(base), "--value", "none"]))
     for weight in speaker.base.parameters():
         weight.data.zero_()
     assert len([*speaker.replies([[1, 2]])]) == 1  # as sample.py has it

@@ -22,6 +22,7 @@ from extras.mapped import Mapped
 from model import Config, Llama, column_major
 from plumbing.chats import read_chats
 from plumbing.dataset import Chats, tokenize
+from plumbing.pair import Speaker
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import allocate, load, save
 from vocab_map import VocabMap
@@ -361,7 +362,7 @@ def test_sample_and_its_value_model(run, base_dir, value_dir):
     assert eight.returncode == 0 and "12 tokens" in eight.stderr, eight.stderr
     assert eight.stdout and plain.stdout
     args = sample.arguments([*map(str, asked[1:5]), "--base_dtype", "int8", "?"])
-    speaker = sample.Speaker(args)
+    speaker = Speaker(args)
     assert type(speaker.base) is Int8Llama and type(speaker.values[0]) is Llama
     assert speaker.values[0].unembed.dtype == torch.float32
 

@@ -11,6 +11,7 @@ from conftest import make_directory
 import sample
 from extras import mt_bench
 from plumbing.files import InputError
+from plumbing.pair import Speaker
 
 QUESTIONS = [
     ("math", "Where is the cat?"),
@@ -30,9 +31,9 @@ GREEDY = {q["question_id"] for q in QUESTIONS if q["category"] in ("math", "codi
 DRAWN = {q["question_id"] for q in QUESTIONS} - GREEDY
 
 
-def speaker_of(base: Path, value: Path, *words) -> sample.Speaker:
+def speaker_of(base: Path, value: Path, *words) -> Speaker:
     words = ["--base", base, "--value", value, "--device", "cpu", *words]
-    return sample.Speaker(sample.arguments([*map(str, words)]))
+    return Speaker(sample.arguments([*map(str, words)]))
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from extras.connections import connected
 from extras.explain import Said, read_again, who_said
 from extras.mapped import Mapped
 from extras.page import column, opened, page, stops
+from plumbing.pair import Speaker
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import load
 from vocab_map import VocabMap
@@ -501,11 +502,11 @@ def test_a_token_that_differs_is_on_no_page(base_dir, value_dir, tmp_path):
     """Where two vocabularies differ in a few tokens, those are never said, so never shown."""
     models = ["--base", base_dir, "--value", value_dir, "--max_new_tokens", 3]
     options = [*models, "--temperature", 0, "--html", tmp_path / "page.html", "hello"]
-    speaker = sample.Speaker(sample.arguments([str(option) for option in options]))
+    speaker = Speaker(sample.arguments([str(option) for option in options]))
     prompt = speaker.tokenizer.prompt([{"role": "user", "content": "hello"}])
 
     def shown() -> list[list[int]]:
-        tokens = speaker.explain(prompt, speaker.whole_reply(prompt))["tokens"]
+        tokens = sample.explain_reply(speaker, prompt, speaker.whole_reply(prompt))["tokens"]
         return [[word["id"] for word in token["words"]] for token in tokens]
 
     before = shown()

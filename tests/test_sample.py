@@ -9,6 +9,7 @@ import torch
 from conftest import assert_refused, in_a_process, make_directory
 
 import sample
+from plumbing.pair import Speaker
 from plumbing.streaming import GrowingReply
 from plumbing.tokenizer import Tokenizer
 from vocab_map import VocabMap
@@ -367,7 +368,7 @@ def test_models_go_with_their_speaker(base_dir, value_dir, other_dir, tmp_path, 
     gc.collect()
     gc.disable()
     try:
-        speaker = sample.Speaker(sample.arguments([*map(str, words)]))
+        speaker = Speaker(sample.arguments([*map(str, words)]))
         list(speaker.replies([[1, 5]], most=2))
         owner = weakref.ref(speaker), weakref.ref(speaker.base)
         del speaker
@@ -379,7 +380,7 @@ def test_models_go_with_their_speaker(base_dir, value_dir, other_dir, tmp_path, 
 def test_decoding_does_not_plan_attention_anew_for_each_length(base_dir):
     """cuDNN would, for each of the shapes that come with nearly every token."""
     torch.backends.cuda.enable_cudnn_sdp(True)
-    sample.Speaker(sample.arguments(["--base", str(base_dir), "--value", "none"]))
+    Speaker(sample.arguments(["--base", str(base_dir), "--value", "none"]))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 

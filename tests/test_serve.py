@@ -15,6 +15,7 @@ openai = pytest.importorskip("openai", reason="the client is not installed")
 
 import sample  # noqa: E402
 from extras import serve  # noqa: E402
+from plumbing.pair import Speaker  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "Where is the dog?"}]
 
@@ -23,7 +24,7 @@ QUESTION = [{"role": "user", "content": "Where is the dog?"}]
 def server(base_dir, value_dir):
     """Small models at a free port of this machine."""
     words = ["--base", base_dir, "--value", value_dir, "--max_new_tokens", 12, "--device", "cpu"]
-    speaker = sample.Speaker(sample.arguments([*map(str, words)]))
+    speaker = Speaker(sample.arguments([*map(str, words)]))
     server = serve.Server(("127.0.0.1", 0), speaker)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()

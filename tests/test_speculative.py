@@ -13,6 +13,7 @@ from extras import speculative
 from extras.int8 import Int8Llama
 from extras.speculative import Drafts
 from model import Config, Llama, Reader, column_major
+from plumbing.pair import Speaker
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import load
 
@@ -376,7 +377,7 @@ def test_the_draft_does_draft_and_says_so(ask):
 
 def test_eight_bits_are_of_base_and_draft(ask):
     words = ["--base", ask.base, "--value", ask.base, "--draft", ask.base, "--base_dtype", "int8"]
-    speaker = sample.Speaker(sample.arguments(list(map(str, words))))
+    speaker = Speaker(sample.arguments(list(map(str, words))))
     assert isinstance(speaker.base, Int8Llama) and isinstance(speaker.drafts.draft, Int8Llama)
     assert not isinstance(speaker.values[0], Int8Llama)
     eight = ["--base_dtype", "int8", "hello you"]

@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-# commands themselves, with the options of sample.py, and what they are made of
-COMMANDS = ("extras.serve", "extras.evaluate", "extras.harness", "extras.mt_bench")
+# commands themselves, with the options of sample.py
+COMMANDS = ("extras.serve", "extras.evaluate")
 CORE = {path.stem for path in ROOT.glob("*.py")}
 PLUMBING = {f"plumbing.{path.stem}" for path in ROOT.glob("plumbing/*.py")} - {"plumbing.__init__"}
 EXTRAS = {path.stem for path in ROOT.glob("extras/*.py")} - {"__init__"}
@@ -54,7 +54,7 @@ def test_the_core_knows_wings_only_in_the_branch_that_needs_them(module):
 @pytest.mark.parametrize("module", [f"extras.{name}" for name in sorted(EXTRAS)])
 def test_no_wing_knows_the_scripts(module):
     known = imports(module, anywhere=True)
-    if module in COMMANDS:  # they are made for a sample.Speaker
+    if module in COMMANDS:  # they take the options of sample.py
         known.remove("sample")
     assert not known & {"train", "sample"} and not any(name.startswith("exp") for name in known)
 

@@ -20,6 +20,7 @@ from plumbing import dataset, files, ranks, runs, weights
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
 from plumbing.files import InputError, pick_dtype
+from plumbing.pair import Speaker
 from plumbing.tokenizer import TEMPLATES, Tokenizer
 from plumbing.weights import load
 
@@ -689,8 +690,6 @@ def test_looking_at_chats_loads_no_model(train, monkeypatch):
 def test_prompts_may_be_packed_and_what_is_answered_is_kept(run, models, tmp_path, monkeypatch):
     import gzip
 
-    import sample
-
     prompts, replies = tmp_path / "prompts.jsonl.gz", tmp_path / "replies.jsonl"
     with gzip.open(prompts, "wt") as file:
         file.write('{"prompt": "hello you"}\n{"prompt": "Where is the dog?"}\n')
@@ -702,13 +701,13 @@ def test_prompts_may_be_packed_and_what_is_answered_is_kept(run, models, tmp_pat
 
     calls = []
 
-    def stopped(speaker, prompts, *how, real=sample.Speaker.replies):
+    def stopped(speaker, prompts, *how, real=Speaker.replies):
         calls.append(prompts)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(speaker, prompts, *how)
 
-    monkeypatch.setattr(sample.Speaker, "replies", stopped)
+    monkeypatch.setattr(Speaker, "replies", stopped)
     assert run("sample.py", *pair, *words).returncode == 130
     first, second = map(json.loads, replies.read_text().splitlines())
     assert "reply" in first and second["error"] == "stopped before its turn"

@@ -15,6 +15,7 @@ import vocab_map
 from extras import mapped
 from extras.mapped import FLOOR, Bridge, Mapped
 from plumbing.files import InputError, open_tensors, read_texts, save_tensors
+from plumbing.pair import Speaker
 from plumbing.streaming import TextStream
 from plumbing.tokenizer import Tokenizer
 from plumbing.weights import load
@@ -246,7 +247,7 @@ def test_same_tokenizer_gives_the_identity(base_dir, value_dir, tmp_path):
     prompts = [same.value.tokenizer.encode(text) for text in TEXTS[:2]]
     for options in ([], ["--temperature", "0.7"]):
         plain, through = (
-            sample.Speaker(sample.arguments([*models, *options, *given]))
+            Speaker(sample.arguments([*models, *options, *given]))
             for given in ([], ["--map", str(tmp_path / "map.safetensors")])
         )
         assert list(through.replies(prompts)) == list(plain.replies(prompts))
