@@ -424,9 +424,11 @@ class Evaluation:
     def notes(self) -> Iterator[str]:
         """In what the row is not the paper's."""
         yield "prompts and metrics are the harness's, see extras/benchmarks.py"
-        changed = given(self.args, "map") + ["alpha"] * (self.args.alpha not in ([], [1], [1, -1]))
+        changed = [f"--map {self.args.map}"] if self.args.map else []
+        if self.args.alpha not in ([], [1], [1, -1]):
+            changed.append(f"--alpha {strengths(self.args)}")
         if changed:
-            yield "with " + ", ".join(f"--{name} {getattr(self.args, name)}" for name in changed)
+            yield "with " + ", ".join(changed)
         for name in PAPER:
             results = self.noted(name)
             if results is None:
@@ -460,11 +462,16 @@ def load_models(args: argparse.Namespace) -> Examinee:
     return Examinee(args, all_logits=True)
 
 
+def strengths(args: argparse.Namespace) -> str:
+    """The value models' α as the command line has them."""
+    return " ".join(f"{alpha:g}" for alpha in args.alpha)
+
+
 def pair_identity(args: argparse.Namespace) -> dict[str, str]:
     """On what answers depend, besides the question."""
     tokenizer = Tokenizer((args.value or [args.base])[0], args.template)
     identity = {
-        "--alpha": str(args.alpha),
+        "--alpha": strengths(args),
         "--dtype": str(pick_dtype(args.dtype, pick_device(args.device))),
         "--template": hashlib.sha256(tokenizer.template.encode()).hexdigest(),
     }
