@@ -19,6 +19,7 @@ from ivl import combine, generate, loss_sums, token_by_token, two_headed_loss
 from model import Config, Llama, column_major, hf_shape, hf_views, inverse_frequencies
 from plumbing.files import InputError, pick_dtype
 from plumbing.jobs import compiled
+from plumbing.weights import write_config
 
 SHAPES = {  # with room for 8192 positions
     "toy-small": Config(1536, 64, 128, 2, 2, 2, 32, 8192, tie_word_embeddings=True),
@@ -85,7 +86,7 @@ def transformers_twin(model: Llama):
 
     weight = model.embed.weight
     with tempfile.TemporaryDirectory() as directory:
-        model.config.save(directory, weight.dtype)
+        write_config(model.config, directory, weight.dtype)
         config = transformers.LlamaConfig.from_pretrained(directory)
     with torch.device(weight.device):
         twin = transformers.AutoModelForCausalLM.from_config(config, dtype=weight.dtype).eval()

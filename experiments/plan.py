@@ -19,7 +19,7 @@ from extras.int8 import FEW, PIECE
 from ivl import chunk_rows
 from model import Config, Llama
 from plumbing.files import InputError
-from plumbing.weights import frozen_network
+from plumbing.weights import frozen_network, read_config
 
 GIB = 2**30
 FREE = 0.1  # of a GPU, for what is not counted here
@@ -246,7 +246,7 @@ def shape(name: str) -> Config:
         raise InputError(
             f"{name}: neither a directory with config.json nor one of {', '.join(SHAPES)}"
         )
-    return Config.load(name)
+    return read_config(name)
 
 
 def table(

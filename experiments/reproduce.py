@@ -61,7 +61,7 @@ from experiments.family import SCORES
 from extras.connections import Connected, Probe, connected
 from extras.mapped import Mapped
 from ivl import generate
-from model import Config, Llama, column_major
+from model import Llama, column_major
 from plumbing.chats import read_chats
 from plumbing.dataset import tokenize
 from plumbing.files import (
@@ -80,7 +80,7 @@ from plumbing.files import (
 )
 from plumbing.runs import save_model
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import frozen_network, load, recorded_connection
+from plumbing.weights import frozen_network, load, read_config, recorded_connection
 from train import Curriculum, Settings, split, train
 from vocab_map import VocabMap
 
@@ -198,7 +198,7 @@ def trained(name: str, seed: int, out: Path, device: torch.device) -> Path:
     # the model as it begins
     tokenizer = Tokenizer(bases / recipe.start)
     if settings.connection == "probe":
-        value = Probe(Config.load(bases / recipe.beside[0])).init_weights(seed).to(device)
+        value = Probe(read_config(bases / recipe.beside[0])).init_weights(seed).to(device)
     else:
         value = load(bases / recipe.start, device)
     if recipe.random:

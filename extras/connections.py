@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ivl import chunk_rows
-from model import SHAPE, Config, KVCache, Llama, Reader
+from model import Config, KVCache, Llama, Reader
 from plumbing.files import (
     TABLE,
     Field,
@@ -43,7 +43,7 @@ from plumbing.files import (
     whole,
     write_text,
 )
-from plumbing.weights import check_weight
+from plumbing.weights import SHAPE, check_weight, read_config
 
 MODEL_TYPE = "ivl-probe"  # in a probe's config.json: nobody is to take it for a Llama
 
@@ -218,7 +218,7 @@ class Probe(nn.Module):
     def check(self, bases: Sequence[str | Path]) -> None:
         """Raises InputError for a base whose hidden state is of another width than the probe's."""
         for base in bases:
-            width = Config.load(base).hidden_size
+            width = read_config(base).hidden_size
             if width != self.config.hidden_size:
                 raise InputError(
                     f"{base}: has a hidden state of {width} numbers, but the probe was made for "

@@ -43,7 +43,7 @@ import sample
 from extras import mt_bench, sandbox
 from extras.benchmarks import BENCHMARKS, COLUMNS, MT_BENCH, Benchmark, beside
 from extras.likelihood import Likelihood, Question, log_likelihoods
-from model import Config, Llama
+from model import Llama
 from plumbing.files import (
     TABLE,
     InputError,
@@ -63,7 +63,7 @@ from plumbing.files import (
 )
 from plumbing.pair import Speaker
 from plumbing.tokenizer import Tokenizer
-from plumbing.weights import fingerprint, recorded_connection
+from plumbing.weights import fingerprint, read_config, recorded_connection
 
 try:
     from extras import harness
@@ -502,7 +502,7 @@ def parameters(directory: str | Path) -> int | None:
     if recorded_connection(directory) == "probe":
         return None
     with torch.device("meta"):
-        return Llama(Config.load(directory)).size()
+        return Llama(read_config(directory)).size()
 
 
 def tell(words: str) -> None:

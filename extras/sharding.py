@@ -34,7 +34,7 @@ from ivl import choose
 from model import Config, Llama, hf_views, inverse_frequencies
 from plumbing import files
 from plumbing.files import InputError
-from plumbing.weights import allocate, check_weight, stored_tensors
+from plumbing.weights import allocate, check_weight, read_config, stored_tensors
 from plumbing.weights import save as save_llama
 
 # ---------------------------------------------------------------- ranks
@@ -237,7 +237,7 @@ class Ranks:
         )
 
         with torch.device("meta"):
-            model = network(Config.load(directory)).to(dtype)
+            model = network(read_config(directory)).to(dtype)
         mesh = init_device_mesh(device.type, (rank_count(),))
         policy = MixedPrecisionPolicy(
             param_dtype=arithmetic, reduce_dtype=torch.float32, cast_forward_inputs=False
@@ -374,7 +374,7 @@ def load_slice(
     vocabulary: the tokens that count; of their embeddings and logits each rank has a slice. None:
     all, on every rank.
     """
-    config = Config.load(directory)
+    config = read_config(directory)
     n = rank_count()
 
     # the narrower shape

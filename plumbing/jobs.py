@@ -9,15 +9,14 @@ from pathlib import Path
 
 import torch
 
-from ivl import shared_vocabulary
-from model import Config, Llama
+from model import Llama
 from plumbing.chats import Reading, read_chats
 from plumbing.dataset import Chats, tokenize
 from plumbing.files import InputError, given, pick_device, pick_dtype
 from plumbing.ranks import ONE_DEVICE, OneDevice
 from plumbing.runs import CHECKPOINT, date_of, tell
-from plumbing.tokenizer import Tokenizer
-from plumbing.weights import fingerprint, frozen_network, plain, recorded_connection
+from plumbing.tokenizer import Tokenizer, shared_vocabulary
+from plumbing.weights import fingerprint, frozen_network, plain, read_config, recorded_connection
 
 
 class Job:
@@ -61,7 +60,7 @@ class Job:
             shared, differing = shared_vocabulary(other.tokens, self.tokenizer.tokens)
             self.shared = min(self.shared, shared)
             self.differing |= set(differing)
-            self.configs.append(Config.load(directory))
+            self.configs.append(read_config(directory))
             other.check(self.configs[-1].vocab_size)
 
     def settle(self, settings: Callable) -> None:
@@ -76,7 +75,7 @@ class Job:
         # the shape of what is trained; a probe has its base's
         config = self.configs[0]
         if args.value and self.connection != "probe":
-            config = Config.load(args.value)
+            config = read_config(args.value)
             self.tokenizer.check(config.vocab_size)
         with torch.device("meta"):
             model = Llama(config)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ivl import choose, generate, never, shared_vocabulary, token_by_token
-from model import Config, Llama, column_major
+from ivl import choose, generate, never, token_by_token
+from model import Llama, column_major
 from plumbing.files import (
     InputError,
     aside,
@@ -23,8 +23,8 @@ from plumbing.files import (
     visible,
 )
 from plumbing.streaming import GrowingReply
-from plumbing.tokenizer import Tokenizer
-from plumbing.weights import frozen_network, load, plain, recorded_connection
+from plumbing.tokenizer import Tokenizer, shared_vocabulary
+from plumbing.weights import frozen_network, load, plain, read_config, recorded_connection
 from vocab_map import VocabMap
 
 ALPHA = number(-1e6, 1e6)
@@ -57,7 +57,7 @@ class Speaker:
 
         # replies are in the value model's tokens, if there is one
         base_tokenizer = Tokenizer(plain(args.base), args.template)
-        base_tokenizer.check(Config.load(args.base).vocab_size)
+        base_tokenizer.check(read_config(args.base).vocab_size)
         self.tokenizer = base_tokenizer
         if args.value:
             self.tokenizer = Tokenizer(args.value[0], args.template)
@@ -85,7 +85,7 @@ class Speaker:
         # a draft has to know all that can be said: what it lacked would no longer be said
         if args.draft:
             of_draft = Tokenizer(plain(args.draft), args.template)
-            of_draft.check(Config.load(args.draft).vocab_size)
+            of_draft.check(read_config(args.draft).vocab_size)
             said = set(range(self.vocabulary)) - self.differing
             tokens = dict(enumerate(of_draft.tokens))
             if any(tokens.get(i) != self.tokenizer.tokens[i] for i in said):
@@ -140,7 +140,7 @@ class Speaker:
             self.values = [probe]
         else:
             for directory in args.value:
-                Tokenizer(directory, args.template).check(Config.load(directory).vocab_size)
+                Tokenizer(directory, args.template).check(read_config(directory).vocab_size)
                 self.values.append(load_model(directory, self.device, dtype))
         if args.draft:
             from extras.speculative import Drafts

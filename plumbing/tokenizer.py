@@ -513,6 +513,39 @@ class Tokenizer:
         write_text(directory / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
+def shared_vocabulary(
+    base_tokens: Sequence[str | None], value_tokens: Sequence[str | None]
+) -> tuple[int, list[int]]:
+    """How many leading ids both vocabularies have, and those of them that do not mean the same.
+
+    base_tokens, value_tokens: the content of each id, None for a row of padding. What one side has
+    past the other's end (padding, tokens added later: CodeLlama's 32016 against Llama-2's 32000) is
+    left out of z_post. A few ids that differ, one in a thousand, can be left out too (one character
+    is lost where a tokenizer was saved anew, say); raises InputError for more: equal sizes prove
+    nothing.
+
+    Example:
+    >>> shared_vocabulary(["<s>", "a", "b", None], ["<s>", "a", "b", "c"])
+    (3, [])
+    """
+
+    def used(tokens: Sequence[str | None]) -> int:
+        """The length without the padding at the end."""
+        return max((i + 1 for i, token in enumerate(tokens) if token is not None), default=0)
+
+    shared = min(used(base_tokens), used(value_tokens))
+    differing = [i for i in range(shared) if base_tokens[i] != value_tokens[i]]
+    if len(differing) > shared / 1000:
+        i = differing[0]
+        raise InputError(
+            "the base and the value model have different vocabularies: "
+            f"{len(differing)} of {shared} tokens differ, the first is token "
+            f"{i}, {base_tokens[i]!r} in the one and {value_tokens[i]!r} in the other; "
+            "make a map between them with vocab_map.py"
+        )
+    return shared, differing
+
+
 class Refused(Exception):
     """A template has no form for this chat; the message says why."""
 

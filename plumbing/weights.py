@@ -1,4 +1,4 @@
-"""A model's weights on disk: read from the Hub's safetensors, and written as they are there.
+"""A model on disk: its configuration and its weights, read and written as the Hub has them.
 
 The names and shapes of the tensors are `model.hf_views`'. Nothing is ever read from a pickle.
 """
@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,19 +18,25 @@ from torch import Tensor
 
 from model import CONNECTIONS, Config, Llama, hf_shape, hf_views, inverse_frequencies
 from plumbing.files import (
+    FLAG,
     TABLE,
     TEXT,
     Field,
     InputError,
     clear_temporaries,
+    fields_of,
+    list_of,
+    number,
     open_tensors,
     read_fields,
+    read_json,
     readable,
     refuse_non_file,
     remove,
     save_tensors,
     say_once,
     temporary_for,
+    whole,
     write_text,
     writing,
 )
@@ -41,6 +48,130 @@ MODEL_FILES = re.compile(
     r"|model\.safetensors\.index\.json|tokenizer(_config)?\.json|tokenizer\.model"
     r"|special_tokens_map\.json|added_tokens\.json|chat_template\.(jinja|json)|README\.md"
 )
+
+
+# what config.json must hold: the shape, within bounds that no Llama comes near
+SIZE = whole(1, 2**24)
+TOKEN = whole(0, 2**24)
+TOKENS = TOKEN | list_of(TOKEN)
+SHAPE = {
+    "vocab_size": Field(SIZE),
+    "hidden_size": Field(SIZE),
+    "intermediate_size": Field(SIZE),
+    "num_hidden_layers": Field(whole(1, 1024)),
+    "num_attention_heads": Field(SIZE),
+    "num_key_value_heads": Field(SIZE, None),
+    "head_dim": Field(SIZE, None),
+    "max_position_embeddings": Field(whole(1, 2**30), 2048),
+    "rms_norm_eps": Field(number(0, 1), 1e-6),
+    "rope_theta": Field(number(1, 1e12), None),
+    "tie_word_embeddings": Field(FLAG, False),
+    "bos_token_id": Field(TOKENS, None),
+    "eos_token_id": Field(TOKENS, None),
+}
+ROPE = {"rope_parameters": Field(TABLE, None), "rope_scaling": Field(TABLE, None)}
+FACTOR = Field(number(1e-3, 1e6))
+ROPE_NUMBERS = {  # the kinds of RoPE, and the numbers that each needs
+    "default": {},
+    "linear": {"factor": FACTOR},
+    "llama3": {
+        "factor": FACTOR,
+        "low_freq_factor": FACTOR,
+        "high_freq_factor": FACTOR,
+        "original_max_position_embeddings": Field(whole(1, 2**30)),
+    },
+}
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def read_config(directory: str | Path) -> Config:
+    """Reads `directory/config.json`. Raises InputError for what this network does not have."""
+    path = Path(directory) / "config.json"
+    raw = read_json(path, TABLE)
+
+    # what another network would have is refused by its name
+    supported = {
+        "model_type": ["llama", "mistral"],
+        "hidden_act": ["silu", None],
+        "attention_bias": [False, None],
+        "mlp_bias": [False, None],
+        "quantization_config": [None],
+        "partial_rotary_factor": [1.0, None],
+    }
+    if raw.get("model_type") == "mistral":
+        # it is a Llama, unless its tokens see only a window of those before them; without a
+        # word about it, Hugging Face takes a window of 4096
+        raw.setdefault("sliding_window", 4096)
+        supported["sliding_window"] = [None]
+    for field, allowed in supported.items():
+        if raw.get(field) not in allowed:
+            raise InputError(
+                f"{path}: {field} = {raw.get(field)!r} is not supported "
+                f"(only {allowed[0]!r}); choose a plain Llama model"
+            )
+
+    # the shape; older files leave out what follows from the rest
+    shape = fields_of(raw, SHAPE, path)
+    heads = shape["num_attention_heads"]
+    shape["num_key_value_heads"] = shape["num_key_value_heads"] or heads
+    shape["head_dim"] = shape["head_dim"] or shape["hidden_size"] // heads
+    if isinstance(shape["bos_token_id"], list):
+        shape["bos_token_id"] = shape["bos_token_id"][0] if shape["bos_token_id"] else None
+    if heads % shape["num_key_value_heads"]:
+        raise InputError(f"{path}: num_attention_heads must be a multiple of num_key_value_heads")
+    if shape["head_dim"] % 2 or not shape["head_dim"]:
+        raise InputError(f"{path}: head_dim = {shape['head_dim']}; RoPE needs an even number")
+
+    # RoPE: the new spelling, else the old one
+    spelt = fields_of(raw, ROPE, path)
+    spellings = [dict(spelt[name]) for name in ROPE if spelt[name] is not None]
+    thetas = [shape["rope_theta"]]
+    for rope in spellings:
+        theta = {"rope_theta": SHAPE["rope_theta"]}
+        thetas.append(fields_of(rope, theta, path)["rope_theta"])
+        rope.pop("rope_theta", None)
+        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    thetas = [float(theta) for theta in thetas if theta is not None]
+    if len(set(thetas)) > 1 or (len(spellings) == 2 and spellings[0] != spellings[1]):
+        raise InputError(
+            f"{path}: rope_parameters, rope_scaling and rope_theta contradict each other; "
+            "leave one of them"
+        )
+    shape["rope_theta"] = [*thetas, 10000.0][0]
+    rope = [*spellings, {"rope_type": "default"}][0]
+    kind = rope["rope_type"]
+    if kind not in [*ROPE_NUMBERS]:
+        raise InputError(
+            f"{path}: rope_type = {kind!r} is not supported (only {', '.join(ROPE_NUMBERS)})"
+        )
+    numbers = fields_of(rope, ROPE_NUMBERS[kind], f"{path}: RoPE of type {kind!r}")
+    if kind == "llama3" and numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
+        raise InputError(f"{path}: RoPE's low_freq_factor must be below its high_freq_factor")
+    shape["rope_scaling"] = None if kind == "default" else rope
+    return Config(**shape)
+
+
+def write_config(config: Config, directory: str | Path, dtype: torch.dtype) -> None:
+    """Writes `config.json` with both the old and the new spelling of RoPE and dtype."""
+    name = str(dtype).removeprefix("torch.")
+    rope = {"rope_theta": config.rope_theta, **(config.rope_scaling or {"rope_type": "default"})}
+    raw = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **asdict(config),
+        "rope_parameters": rope,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "dtype": name,
+        "torch_dtype": name,
+    }
+    write_text(Path(directory) / "config.json", json.dumps(raw, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- weights
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -165,7 +296,7 @@ def load(
     Peak memory: the model, plus one tensor of its files.
     """
     with torch.device("meta"):
-        model = network(Config.load(directory))
+        model = network(read_config(directory))
     tensors = stored_tensors(Path(directory), hf_views(model))  # checked before memory is taken
     allocate(model, device, dtype)
     views = hf_views(model)
@@ -227,7 +358,7 @@ def save(
             file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_tensors(shard, directory / file, {"format": "pt"}, fetch or views.get)
         weight_map |= dict.fromkeys(shard, file)
-    model.config.save(directory, dtype)
+    write_config(model.config, directory, dtype)
 
     # the index comes last, since by it a sharded model is found
     if len(shards) > 1:

@@ -7,8 +7,8 @@ from conftest import assert_refused
 
 from experiments import failures, family, reproduce, toy
 from extras.connections import Probe
-from model import Config
 from plumbing.runs import save_model
+from plumbing.weights import read_config
 from train import Settings
 
 
@@ -36,7 +36,7 @@ def test_replies_are_counted_and_the_first_of_a_kind_is_shown(run, tmp_path, mon
         family.make_base(name, world, bases, 0.02, 11, cpu)
     settings = Settings(**reproduce.VALUE, connection="probe")
     tokenizer = failures.Tokenizer(bases / "small")
-    probe = Probe(Config.load(bases / "large")).init_weights(0)
+    probe = Probe(read_config(bases / "large")).init_weights(0)
     save_model(probe, tokenizer, bases.parent / "large-probe", "large", settings)
     small = failures.load(bases / "small")
     save_model(small, tokenizer, bases.parent / "small", "small", Settings(**reproduce.VALUE))

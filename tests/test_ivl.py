@@ -6,6 +6,7 @@ import torch
 import ivl
 from model import KVCache
 from plumbing.files import InputError
+from plumbing.tokenizer import shared_vocabulary
 from plumbing.weights import load
 
 
@@ -327,20 +328,20 @@ def test_products_are_added_in_the_precision_of_the_total():
 
 def test_vocabularies_are_compared_by_content():
     tokens = [f"t{i}" for i in range(32)]
-    assert ivl.shared_vocabulary(tokens, tokens) == (32, [])
-    assert ivl.shared_vocabulary(tokens + [None, None], tokens) == (32, [])  # padding
-    assert ivl.shared_vocabulary(tokens, tokens + ["<extra>"])[0] == 32  # as CodeLlama's
+    assert shared_vocabulary(tokens, tokens) == (32, [])
+    assert shared_vocabulary(tokens + [None, None], tokens) == (32, [])  # padding
+    assert shared_vocabulary(tokens, tokens + ["<extra>"])[0] == 32  # as CodeLlama's
     holes = tokens[:5] + [None] + tokens[6:]
-    assert ivl.shared_vocabulary(holes, holes) == (32, [])
+    assert shared_vocabulary(holes, holes) == (32, [])
     with pytest.raises(InputError, match="token 3, 't3'.*'other'.*vocab_map.py"):
-        ivl.shared_vocabulary(tokens, tokens[:3] + ["other"] + tokens[4:])  # of equal size
+        shared_vocabulary(tokens, tokens[:3] + ["other"] + tokens[4:])  # of equal size
     with pytest.raises(InputError, match="vocab_map.py"):
-        ivl.shared_vocabulary(tokens[:5] + [None] + tokens[6:], tokens)
+        shared_vocabulary(tokens[:5] + [None] + tokens[6:], tokens)
     many = [f"t{i}" for i in range(2000)]
     other = [*many[:7], "", *many[8:]]
-    assert ivl.shared_vocabulary(many, other) == (2000, [7])
+    assert shared_vocabulary(many, other) == (2000, [7])
     with pytest.raises(InputError, match="3 of 2000 tokens differ"):
-        ivl.shared_vocabulary(many, ["", "", "", *many[3:]])
+        shared_vocabulary(many, ["", "", "", *many[3:]])
 
 
 def test_some_ids_are_never_chosen():

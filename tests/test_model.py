@@ -115,7 +115,7 @@ def test_saved_model_loads_in_transformers(pair, tmp_path):
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved").eval()
     ids = torch.randint(0, 120, (1, 30))
     torch.testing.assert_close(again(ids).logits, theirs(ids).logits, atol=1e-6, rtol=0)
-    assert ours.Config.load(tmp_path / "saved") == mine.config
+    assert weights.read_config(tmp_path / "saved") == mine.config
     names = set(again.state_dict()) - {"lm_head.weight"}
     assert names <= set(weights.open_tensors(tmp_path / "saved" / "model.safetensors").keys())
 
@@ -333,7 +333,7 @@ def test_what_an_old_configuration_leaves_out_follows_from_the_rest(directory):
     ):
         del raw[field]
     (directory / "config.json").write_text(json.dumps(raw))
-    config = ours.Config.load(directory)
+    config = weights.read_config(directory)
     assert (config.num_key_value_heads, config.head_dim) == (4, 8)
     assert (config.max_position_embeddings, config.rms_norm_eps) == (2048, 1e-6)
     assert (config.rope_theta, config.rope_scaling) == (10000.0, None)
@@ -398,10 +398,10 @@ def test_rope_that_is_spelt_twice_and_not_alike_is_refused(directory, fields):
         raw.pop(name, None)
     alike = {"rope_parameters": LLAMA3, "rope_scaling": LLAMA3, "rope_theta": LLAMA3["rope_theta"]}
     (directory / "config.json").write_text(json.dumps(raw | alike))
-    assert ours.Config.load(directory).rope_scaling["rope_type"] == "llama3"
+    assert weights.read_config(directory).rope_scaling["rope_type"] == "llama3"
     (directory / "config.json").write_text(json.dumps(raw | fields))
     with pytest.raises(InputError, match="contradict each other"):
-        ours.Config.load(directory)
+        weights.read_config(directory)
 
 
 def test_a_fingerprint_is_of_all_bytes(tmp_path):
@@ -424,7 +424,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
 
     directory = make_directory(tmp_path, 0, vocab_size=100)
     with pytest.raises(InputError, match="tokenizer.json.*vocab_size is 100"):
-        Tokenizer(directory).check(ours.Config.load(directory).vocab_size)
+        Tokenizer(directory).check(weights.read_config(directory).vocab_size)
 
 
 # ---------------------------------------------------------------- reading, token by token

@@ -51,6 +51,12 @@ def test_the_core_knows_wings_only_in_the_branch_that_needs_them(module):
     assert experiments <= ({"experiments.toy"} if module == "train" else set())
 
 
+@pytest.mark.parametrize("module", ["model", "ivl"])
+def test_the_paper_and_the_network_could_be_copied_out(module):
+    """They need torch, and each other downwards."""
+    assert imports(module, anywhere=True) <= {"model"}
+
+
 @pytest.mark.parametrize("module", [f"extras.{name}" for name in sorted(EXTRAS)])
 def test_no_wing_knows_the_scripts(module):
     known = imports(module, anywhere=True)
