@@ -335,7 +335,8 @@ def paper_rows(counts: dict[tuple[int, int], float], columns: int) -> dict[tuple
     largest.
 
     columns: |V_value|, over which a row's mean is taken. Base tokens that the texts lack have no
-    entry; what has no entry counts as 0 for a column's smallest and largest.
+    entry; what has no entry counts as 0 for a column's smallest and largest (of a real vocabulary
+    every column lacks some).
 
     Example: 4 columns; the rows' means are 3 and 1, so column 0 has the entries 9 and 1, column 1
     the entries −3 and 3

@@ -3,8 +3,9 @@
     python -m extras.serve --base DIR --value DIR     # at http://127.0.0.1:8000/v1
 
 So Open WebUI, the openai client and the like can talk to the pair. One request is answered at a
-time, the others wait. The options of sample.py about models and tokens hold; what a request asks
-for comes first. What cannot be done is refused, not ignored.
+time, the others wait; a client that closes its side of the connection has gone. The options of
+sample.py about models and tokens hold; what a request asks for comes first. What cannot be done is
+refused, not ignored.
 """
 
 import argparse
@@ -218,10 +219,11 @@ class Handler(BaseHTTPRequestHandler):
             if size < 0 or total > LARGEST:
                 raise InputError(f"a request needs a length, of at most {LARGEST} bytes")
             pieces.append(self.rfile.read(size))
+            if chunked:
+                self.rfile.readline(100)  # a line ends each piece, the empty one too
             if not chunked or size == 0:
                 self.unread = False
                 return b"".join(pieces)
-            self.rfile.readline(100)  # a line ends each piece
 
     def check_listener(self) -> None:
         """Raises ConnectionError if nobody waits for the answer any more."""

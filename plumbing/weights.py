@@ -132,7 +132,8 @@ def read_config(directory: str | Path) -> Config:
         theta = {"rope_theta": SHAPE["rope_theta"]}
         thetas.append(fields_of(rope, theta, path)["rope_theta"])
         rope.pop("rope_theta", None)
-        rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+        old = rope.pop("type", "default")
+        rope.setdefault("rope_type", old)
     thetas = [float(theta) for theta in thetas if theta is not None]
     if len(set(thetas)) > 1 or (len(spellings) == 2 and spellings[0] != spellings[1]):
         raise InputError(

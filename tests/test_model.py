@@ -404,6 +404,17 @@ def test_rope_that_is_spelt_twice_and_not_alike_is_refused(directory, fields):
         weights.read_config(directory)
 
 
+def test_of_type_and_rope_type_the_new_name_counts_as_in_transformers(directory):
+    raw = json.loads((directory / "config.json").read_text())
+    for name in ("rope_parameters", "rope_scaling", "rope_theta"):
+        raw.pop(name, None)
+    for name in ("rope_parameters", "rope_scaling"):
+        fields = {name: {**LLAMA3, "type": "linear"}}
+        (directory / "config.json").write_text(json.dumps(raw | fields))
+        theirs = transformers.AutoConfig.from_pretrained(directory).rope_parameters["rope_type"]
+        assert weights.read_config(directory).rope_scaling["rope_type"] == theirs == "llama3"
+
+
 def test_a_fingerprint_is_of_all_bytes(tmp_path):
     """However large the file: a norm is a millionth of it."""
     (tmp_path / "config.json").write_text("{}")
@@ -411,7 +422,7 @@ def test_a_fingerprint_is_of_all_bytes(tmp_path):
     with open(file, "wb") as opened:
         opened.truncate(100 * 2**20)
     prints = {weights.fingerprint(tmp_path)}
-    for place in (0, 2**24 - 1, 2**24, 50_000_001, 100 * 2**20 - 1):
+    for place in (0, 2**20, 2**24 - 1, 2**24, 100 * 2**20 - 1):
         with open(file, "r+b") as opened:
             opened.seek(place)
             opened.write(b"x")
